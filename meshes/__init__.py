@@ -1,0 +1,42 @@
+"""Where things live on devices: named meshes, rules from letters to axes, placement. Importing it does not import jax."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from meshes.axes import AXES, LETTERS, NAMELESS
+from meshes.errors import LayoutError, UserError, closest
+from meshes.mesh import MeshConfig, describe, make
+from meshes.rules import DEFAULT, DP, FSDP, FSDP_TP, HSDP, PRESETS, TP, TP_SP, ZERO1, Rules
+
+if TYPE_CHECKING:
+    from meshes.place import (
+        Layout,
+        axis_size,
+        check,
+        constrain,
+        current,
+        globalize,
+        local_rows,
+        sharding,
+        shardings,
+        spec,
+        use,
+    )
+
+_PLACE = (
+    "Layout", "axis_size", "check", "constrain", "current", "globalize", "local_rows", "sharding", "shardings", "spec", "use",
+)  # fmt: skip
+
+__all__ = [
+    "AXES", "DEFAULT", "DP", "FSDP", "FSDP_TP", "HSDP", "LETTERS", "LayoutError", "MeshConfig", "NAMELESS", "PRESETS", "Rules",
+    "TP", "TP_SP", "UserError", "ZERO1", "closest", "describe", "make", *_PLACE,
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """PEP 562: `place` imports jax, so its names are looked up when first used."""
+    if name in _PLACE:
+        return getattr(importlib.import_module("meshes.place"), name)
+    raise AttributeError(f"module 'meshes' has no attribute {name!r}")

@@ -1,0 +1,166 @@
+"""MeshConfig to jax Mesh: fills the one -1, orders the devices, refuses uneven inner axes, draws. It shards no array."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from meshes import topology
+from meshes.axes import AXES
+from meshes.errors import LayoutError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jax.sharding import Mesh
+
+INNER = ("expert", "context", "tensor")  # talk within every layer, so they must not straddle domains unevenly
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices along each mesh axis, outer to inner; the one axis at -1 takes what the others leave."""
+
+    replica: int = 1
+    data: int = 1
+    stage: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Axis name -> size, whose product is `num_devices`. Raises LayoutError where there is no such filling."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise LayoutError(f"mesh.{axis} = {size} is no size.", rule="an axis is 1 or more, or -1 for the rest")
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise LayoutError(
+                f"mesh.{' and mesh.'.join(free)} are all -1.",
+                rule="one axis at most may be -1 (fsdp is, unless set)",
+                fix=f"mesh.{free[-1]} = 1",
+            )
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if num_devices % fixed or (not free and fixed != num_devices):
+            raise _does_not_fill(sizes, fixed, num_devices)
+        return sizes | {axis: num_devices // fixed for axis in free}
+
+
+def product(sizes: Mapping[str, int]) -> str:
+    """Sizes as text, without the ones: "data 2 x tensor 4"."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1 device"
+
+
+def _does_not_fill(sizes: dict[str, int], fixed: int, num_devices: int) -> LayoutError:
+    named = {axis: size for axis, size in sizes.items() if size not in (1, -1)}
+    fits = [
+        f"mesh.{axis} = {num_devices * size // fixed}" for axis, size in named.items() if num_devices * size % fixed == 0
+    ]
+    return LayoutError(
+        f"the mesh cannot fill {num_devices} devices.",
+        got=f"{product(named)} = {fixed}",
+        rule="the product of all axes must equal the number of devices, or divide it where one axis is -1",
+        fix=" or ".join(fits) or f"sizes that divide {num_devices}",
+    )
+
+
+def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all seven axes (Auto) over `devices`, or over all there are.
+
+    Devices are sorted by (slice, process, id) and laid out in row-major order: `tensor` runs over neighbours in one
+    NVLink domain, `replica` over the most distant. Raises LayoutError where the sizes do not fill the devices, or
+    where expert, context or tensor would lie inside a domain in one place and straddle two in another.
+    """
+    import jax
+    import numpy as np
+
+    devices = topology.ordered(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    grid = np.empty(len(devices), dtype=object)
+    grid[:] = devices
+    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    mesh = jax.sharding.Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
+    _check_inner(mesh)
+    return mesh
+
+
+def domain_grid(mesh: Mesh) -> np.ndarray:
+    """The NVLink domain of every device of the mesh, in the mesh's shape."""
+    import numpy as np
+
+    return np.array(topology.domains(list(mesh.devices.flat))).reshape(mesh.devices.shape)
+
+
+def domains_per_line(grid: np.ndarray, dim: int) -> int | None:
+    """How many domains each line of devices along `dim` touches, an equal share in each; None where that varies."""
+    import numpy as np
+
+    lines = np.sort(np.moveaxis(grid, dim, -1).reshape(-1, grid.shape[dim]), axis=-1)
+    counts = 1 + (np.diff(lines) != 0).sum(axis=-1)
+    count = int(counts[0])
+    if (counts != count).any() or lines.shape[1] % count:
+        return None
+    shares = lines.reshape(len(lines), count, -1)
+    return count if (shares == shares[:, :, :1]).all() else None
+
+
+def _check_inner(mesh: Mesh) -> None:
+    grid = domain_grid(mesh)
+    for axis in INNER:
+        if domains_per_line(grid, mesh.axis_names.index(axis)) is None:
+            raise _straddles(axis, mesh)
+
+
+def _straddles(axis: str, mesh: Mesh) -> LayoutError:
+    pod = topology.of(list(mesh.devices.flat))
+    names = list(mesh.axis_names)
+    inside = math.prod(mesh.shape[name] for name in names[names.index(axis) + 1 :])
+    fits = [str(size) for size in range(1, pod.devices_per_domain + 1) if pod.devices_per_domain % (size * inside) == 0]
+    return LayoutError(
+        f"mesh.{axis} = {mesh.shape[axis]} would straddle NVLink domains unevenly.",
+        got=f"{product(mesh.shape)} over {pod.num_domains} domains of {pod.devices_per_domain} devices",
+        rule=f"{', '.join(INNER)} lie whole within a domain everywhere, or cover equal parts of several",
+        fix=f"mesh.{axis} = {', '.join(fits)}" if fits else f"a smaller axis inside {axis}",
+    )
+
+
+def describe(mesh: Mesh) -> str:
+    """The mesh as text: which axes stay within an NVLink domain, which cross, and which coordinates sit where."""
+    pod = topology.of(list(mesh.devices.flat))
+    unit = "host" if pod.num_domains == pod.num_hosts else "NVLink domain"
+    grid = domain_grid(mesh)
+    head = f"{pod.num_devices} x {pod.device_kind} = {product(mesh.shape)}, {pod.num_hosts} hosts of {pod.devices_per_host}"
+    head += f", {pod.num_domains} NVLink domains of {pod.devices_per_domain}" if unit != "host" else ""
+    used = {axis: dim for dim, axis in enumerate(mesh.axis_names) if mesh.shape[axis] > 1}
+    rows = [f"{axis:<8}{mesh.shape[axis]:>5}  {_reach(grid, dim, unit)}" for axis, dim in used.items()]
+    return "\n".join([head, *rows, *_elided([_coordinates(grid, used, number, unit) for number in range(grid.max() + 1)])])
+
+
+def _reach(grid: np.ndarray, dim: int, unit: str) -> str:
+    count, size = domains_per_line(grid, dim), grid.shape[dim]
+    if count is None:
+        return f"unevenly over {unit}s"
+    if count in (1, size):
+        return f"within a {unit}" if count == 1 else f"across {unit}s"
+    return f"{size // count} within a {unit} x {count} across"
+
+
+def _coordinates(grid: np.ndarray, used: Mapping[str, int], number: int, unit: str) -> str:
+    import numpy as np
+
+    places = np.argwhere(grid == number)
+    spans = [(axis, places[:, dim].min(), places[:, dim].max()) for axis, dim in used.items()]
+    if math.prod(last - first + 1 for _, first, last in spans) != len(places):  # no box: say where it starts and ends
+        ends = [", ".join(f"{axis} {place[dim]}" for axis, dim in used.items()) for place in (places[0], places[-1])]
+        return f"{unit} {number:<5} {ends[0]} .. {ends[1]}"
+    texts = [f"{axis} {first}" if first == last else f"{axis} {first}-{last}" for axis, first, last in spans]
+    return f"{unit} {number:<5} {', '.join(texts)}"
+
+
+def _elided(rows: list[str], keep: int = 4) -> list[str]:
+    if len(rows) <= keep + 2:
+        return rows
+    return [*rows[: keep - 1], f"... {len(rows) - keep} more alike", rows[-1]]

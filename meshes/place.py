@@ -1,0 +1,165 @@
+"""The only maker of NamedSharding: letters and rules to specs, shardings, constraints, global batches. It computes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meshes.axes import AXES, LETTERS, NAMELESS
+from meshes.errors import LayoutError, closest
+from meshes.rules import Axes, Letters, Rules, axes_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that lay arrays out on it."""
+
+    mesh: Mesh
+    rules: Rules
+
+
+# A jax user context and not a contextvar: it is part of jit's cache key, so a function traced under one layout is traced
+# again under another instead of keeping the first one's constraints.
+_layout = jax.make_user_context(None)
+
+
+@contextmanager
+def use(mesh: Mesh, rules: Rules) -> Iterator[Layout]:
+    """Within the block, `constrain` and `axis_size` in this thread follow `rules` on `mesh`."""
+    layout = Layout(mesh, rules)
+    with _layout(layout):
+        yield layout
+
+
+def current() -> Layout | None:
+    """The layout of the innermost `use` around this call, if any."""
+    return _layout.value
+
+
+def spec(letters: Letters, mapping: Mapping[str, Axes]) -> PartitionSpec:
+    """"BSF" -> PartitionSpec with the axes of each letter, of sizes 1 too. Raises LayoutError as `check` does."""
+    _check_letters(letters, mapping, "an array")
+    return _spec(letters, mapping, keep=lambda axis: True)
+
+
+def _spec(letters: Letters, mapping: Mapping[str, Axes], keep: Any) -> PartitionSpec:
+    kept = [tuple(filter(keep, axes_of(mapping, letter))) for letter in letters]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
+
+
+def sharding(mesh: Mesh, letters: Letters, mapping: Mapping[str, Axes]) -> NamedSharding:
+    """"BSF" -> its sharding on `mesh`; axes that the mesh lacks, or has at size 1, are left out of the spec."""
+    _check_letters(letters, mapping, "an array")
+    return NamedSharding(mesh, _spec(letters, mapping, keep=lambda axis: mesh.shape.get(axis, 1) > 1))
+
+
+def shardings(mesh: Mesh, mapping: Mapping[str, Axes], letters: Any) -> Any:
+    """A pytree of letters -> the same tree of NamedSharding. A leaf None or "" is replicated."""
+    return jax.tree.map(lambda leaf: sharding(mesh, leaf or "", mapping), letters, is_leaf=lambda leaf: leaf is None)
+
+
+def check(mesh: Mesh, mapping: Mapping[str, Axes], letters: Letters, shape: tuple[int, ...], name: str) -> None:
+    """Raises LayoutError where an array `name` of this shape cannot be laid out by these letters."""
+    _check_letters(letters, mapping, name)
+    _check_shape(mesh.shape, mapping, letters, shape, name)
+
+
+def _check_letters(letters: Letters, mapping: Mapping[str, Axes], name: str) -> None:
+    owner: dict[str, str] = {}
+    for letter in letters:
+        if letter != NAMELESS and letter not in LETTERS:
+            raise LayoutError(f"{name} {letters!r}: {letter!r} is no letter.", fix=closest(letter, [*LETTERS, NAMELESS]))
+        for axis in axes_of(mapping, letter):
+            if axis in owner:
+                raise LayoutError(
+                    f"{name} {letters!r}: {owner[axis]} and {letter} are both on mesh axis {axis!r}.",
+                    got=f"{owner[axis]} -> {axes_of(mapping, owner[axis])}, {letter} -> {axes_of(mapping, letter)}",
+                    rule="a mesh axis shards one dim of an array",
+                    fix=f"rules that keep them apart, or '{NAMELESS}' for the dim that need not be sharded",
+                )
+            owner[axis] = letter
+
+
+def _num_shards(sizes: Mapping[str, int], mapping: Mapping[str, Axes], letter: str) -> int:
+    return math.prod(sizes.get(axis, 1) for axis in axes_of(mapping, letter))
+
+
+def _check_shape(
+    sizes: Mapping[str, int], mapping: Mapping[str, Axes], letters: Letters, shape: tuple[int, ...], name: str
+) -> None:
+    if len(letters) != len(shape):
+        raise LayoutError(f"{name} {letters!r} has {len(shape)} dims.", got=f"shape {shape}", rule="one letter per dim")
+    for letter, dim in zip(letters, shape, strict=True):
+        if dim % (shards := _num_shards(sizes, mapping, letter)):
+            over = " x ".join(f"{axis} {sizes[axis]}" for axis in axes_of(mapping, letter) if sizes.get(axis, 1) > 1)
+            raise LayoutError(
+                f"{name} {letters!r}: {letter} ({LETTERS[letter]}) = {dim} does not divide into {shards} shards.",
+                got=f"shape {shape}, {letter} over {over}",
+                rule="a sharded dim is a multiple of the devices along its axes",
+                fix=f"{letter} a multiple of {shards}, a smaller axis, or rules that do not shard {letter}",
+            )
+
+
+def constrain(x: jax.Array, letters: Letters) -> jax.Array:
+    """x_BSF, "BSF" -> the same values, laid out by the current `acts` rules; x itself where no layout is in use.
+
+    A weight at its use is `constrain(w_DF, "DF")`: that is where FSDP gathers it. Inside a shard_map the manual axes
+    are left out. Raises LayoutError as `check` does.
+    """
+    layout = current()
+    if layout is None:
+        return x
+    inside = jax.sharding.get_abstract_mesh()
+    mesh = inside if inside.manual_axes else layout.mesh
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}
+    acts = layout.rules.acts
+    _check_letters(letters, acts, "an activation")
+    _check_shape(sizes, acts, letters, x.shape, "an activation")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(letters, acts, keep=sizes.__contains__)))
+
+
+def axis_size(letters: Letters) -> int:
+    """Into how many shards the current `acts` rules cut these letters' dims together; 1 where no layout is in use."""
+    layout = current()
+    if layout is None:
+        return 1
+    return math.prod(_num_shards(layout.mesh.shape, layout.rules.acts, letter) for letter in letters)
+
+
+def local_rows(mesh: Mesh, rules: Rules, num_rows: int, *, process_index: int | None = None) -> np.ndarray:
+    """The rows of a batch of `num_rows`, ascending, that this process (or another one) must provide; they may be others' too."""
+    check(mesh, rules.acts, "B", (num_rows,), "a batch")
+    me = jax.process_index() if process_index is None else process_index
+    blocks = sharding(mesh, "B", rules.acts).devices_indices_map((num_rows,)).items()
+    spans = {index[0].indices(num_rows)[:2] for device, index in blocks if device.process_index == me}
+    return np.concatenate([np.arange(*span) for span in sorted(spans)] or [np.arange(0)])
+
+
+def globalize(tree: Any, mesh: Mesh, rules: Rules, num_rows: int, letters: Letters = "BS") -> Any:
+    """A tree of host arrays x_BS, holding this process's `local_rows`, -> global arrays of `num_rows` rows.
+
+    A process holds its rows whole; each of its devices takes its part of the other dims. Raises LayoutError.
+    """
+    rows = local_rows(mesh, rules, num_rows)
+    return jax.tree.map(lambda x: _global(np.asarray(x), rows, mesh, rules, num_rows, letters), tree)
+
+
+def _global(x: np.ndarray, rows: np.ndarray, mesh: Mesh, rules: Rules, num_rows: int, letters: Letters) -> jax.Array:
+    if len(x) != len(rows):
+        raise LayoutError(f"a batch of {len(x)} rows here.", got=f"{num_rows} in all", rule=f"this process holds {len(rows)}")
+    shape = (num_rows, *x.shape[1:])
+    check(mesh, rules.acts, letters, shape, "a batch")
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        first, last, _ = index[0].indices(num_rows)
+        start = int(np.searchsorted(rows, first))  # a device's rows are consecutive, and all in `rows`
+        return x[(slice(start, start + last - first), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding(mesh, letters, rules.acts), part)

@@ -1,0 +1,102 @@
+"""Rules: which mesh axes shard which letter, once for storage and once for compute. It knows no mesh and no array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from meshes.axes import AXES, LETTERS
+from meshes.errors import LayoutError, closest
+
+Letters = str  # "BSD": one letter of the alphabet per dim
+Axes = str | tuple[str, ...] | None  # one mesh axis, or several from outer to inner, or none
+
+GATHERS = {
+    "layer": "just before each layer uses them, again in the backward pass (FSDP)",
+    "step": "once, at the start of the step (ZeRO-1)",
+}
+
+
+def axes_of(mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
+    """The mesh axes that shard `letter`, outer to inner; () where none does."""
+    axes = mapping.get(letter) or ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Letters to mesh axes: `params` where parameters and optimizer state are STORED, `acts` how they are COMPUTED with.
+
+    `acts` lays out activations, and weights at the moment of their use. `gather` says when stored weights take that
+    layout: "layer" or "step". Where both maps agree nothing moves. Raises LayoutError on an unknown letter or axis.
+    """
+
+    params: dict[str, Axes]
+    acts: dict[str, Axes]
+    gather: str = "layer"
+
+    def __post_init__(self):
+        for side in ("params", "acts"):
+            mapping = getattr(self, side)
+            object.__setattr__(self, side, {letter: _checked(side, mapping, letter) for letter in mapping})
+        if self.gather not in GATHERS:
+            raise LayoutError(f"gather = {self.gather!r} is no way to gather weights.", fix=closest(self.gather, GATHERS))
+
+    def __hash__(self) -> int:
+        return hash((_frozen(self.params), _frozen(self.acts), self.gather))
+
+
+def _frozen(mapping: Mapping[str, Axes]) -> frozenset:
+    return frozenset(mapping.items())
+
+
+def _checked(side: str, mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
+    axes = axes_of(mapping, letter)
+    if letter not in LETTERS:
+        raise LayoutError(f"{side} maps {letter!r}, which is no letter of the alphabet.", fix=closest(letter, LETTERS))
+    for axis in axes:
+        if axis not in AXES:
+            raise LayoutError(f"{side} puts {letter} on {axis!r}, which is no mesh axis.", fix=closest(axis, AXES))
+    if len(set(axes)) < len(axes):
+        raise LayoutError(f"{side} puts {letter} twice on one axis.", got=f"{letter} -> {axes}")
+    return axes
+
+
+def _map(axes: Iterable[str], letters: str) -> dict[str, Axes]:
+    return dict.fromkeys(letters, tuple(axes))
+
+
+# Every preset puts every axis to use, so that any mesh is right, and none is idle, under any of them:
+# the batch takes all axes but `context` (and `tensor`, where the preset splits layers), the sequence takes `context`.
+_BATCH = ("replica", "data", "stage", "fsdp", "expert")
+_SEQUENCE = ("context",)
+_ALL = tuple(AXES)
+_PLAIN = _map((*_BATCH, "tensor"), "B") | _map(_SEQUENCE, "SR") | _map(_ALL, "C")
+_SPLIT = _map(("tensor",), "FNKV")
+_TENSOR = _map(_BATCH, "B") | _map(_SEQUENCE, "SR") | _map((*_BATCH, *_SEQUENCE), "C") | _SPLIT
+_TENSOR_SP = _TENSOR | _map((*_SEQUENCE, "tensor"), "R")
+
+DP = Rules(params={}, acts=_PLAIN)
+ZERO1 = Rules(params=_map(_ALL, "D"), acts=_PLAIN, gather="step")
+FSDP = Rules(params=_map(_ALL, "D"), acts=_PLAIN)
+HSDP = Rules(params=_map(("fsdp",), "D"), acts=_PLAIN)
+TP = Rules(params=_SPLIT, acts=_TENSOR)
+TP_SP = Rules(params=_SPLIT, acts=_TENSOR_SP)
+FSDP_TP = Rules(params=_map((*_BATCH, *_SEQUENCE), "D") | _SPLIT, acts=_TENSOR)
+# `expert` shards E, so neither D nor C of the same array can be on it. `context` ranks hold equal weights, so storing
+# a part each costs no more traffic than all-reducing their gradients; `replica` and `data` are there to hold copies.
+DEFAULT = Rules(
+    params=_map(("stage", "fsdp", "context"), "D") | _SPLIT | _map(("expert",), "E"),
+    acts=_TENSOR_SP | _map(("replica", "data", "stage", "fsdp", "context"), "C") | _map(("expert",), "E"),
+)
+
+PRESETS: dict[str, Rules] = {
+    "DP": DP,
+    "ZERO1": ZERO1,
+    "FSDP": FSDP,
+    "HSDP": HSDP,
+    "TP": TP,
+    "TP_SP": TP_SP,
+    "FSDP_TP": FSDP_TP,
+    "DEFAULT": DEFAULT,
+}
