@@ -1,0 +1,63 @@
+"""`jaxtrain VERB ...`: finds the verb's module, runs it, turns a UserError into a message. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+VERBS = {
+    "train": ("jaxtrain.train.command", "train a config; the same command resumes"),
+    "launch": ("jaxtrain.launch.local", "train a config with several local processes"),
+    "show": ("jaxtrain.show", "print every value of a config and where it comes from"),
+    "sample": ("jaxtrain.sample", "write text with a run's newest checkpoint"),
+    "data": ("jaxtrain.data.command", "prepare, verify and list training data"),
+    "checkpoint": ("jaxtrain.checkpoint.command", "list, show, verify, diff, hash and export checkpoints"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line; returns the exit code. 2: the user's input; 1: what the machine did."""
+    from jaxtrain.errors import ConfigError, UserError
+
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    try:
+        if argv[0] not in VERBS:
+            from jaxtrain.errors import closest
+
+            raise ConfigError(f"jaxtrain has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
+        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"{_place()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return _left(2 if isinstance(error, ConfigError) else 1)
+
+
+def _usage() -> str:
+    rows = [f"  {verb:<11} {what}" for verb, (_, what) in VERBS.items()]
+    return "\n".join(["usage: jaxtrain VERB ...", "", *rows, "", "jaxtrain VERB --help says more."])
+
+
+def _place() -> str:
+    """`[process 3/16 host] ` where there are several processes, else nothing."""
+    if "jaxtrain.runtime" not in sys.modules:
+        return ""
+    from jaxtrain import runtime
+
+    return runtime.place()
+
+
+def _left(code: int) -> int:
+    """With peers alive, leaving by `exit` would wait for them at jax's shutdown barrier: leave at once instead."""
+    if _place():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

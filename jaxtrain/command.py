@@ -1,0 +1,88 @@
+"""The shape all commands share: `jaxtrain VERB CONFIG [flags of the verb] [overrides of the config]`. It runs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Flags that every command with a CONFIG takes."""
+
+    fake_devices: int | None = None  # run on this many CPU devices, whatever the machine has
+
+
+@dataclass(frozen=True)
+class Call:
+    """A parsed command line: the config's path, its overrides as text, and the verb's own options."""
+
+    config: Path
+    overrides: list[str]
+    process: Process
+    options: Any
+
+
+def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
+    """Splits `argv` into CONFIG, the fields of `options` and Process, and overrides. --help prints and exits."""
+    import tyro
+
+    if wants_help(argv):
+        show_help(prog, options, argv, doc)
+        raise SystemExit(0)
+    path, pairs = _split(prog, argv)
+    own = {field.name for kind in (options, Process) for field in dataclasses.fields(kind)}
+    mine = [words for words in pairs if _name(words[0]) in own]
+    parsed = [
+        tyro.cli(kind, args=_of(mine, kind), prog=prog) if _of(mine, kind) else kind() for kind in (options, Process)
+    ]
+    rest = [word for words in pairs if _name(words[0]) not in own for word in words]
+    return Call(Path(path), rest, process=parsed[1], options=parsed[0])
+
+
+def wants_help(argv: list[str]) -> bool:
+    return not argv or "--help" in argv or "-h" in argv
+
+
+def show_help(prog: str, options: type, argv: list[str], doc: str) -> None:
+    """The verb's own flags; with a CONFIG, every field of it too."""
+    from jaxtrain.config import load
+    from jaxtrain.overrides import print_help
+
+    print(f"usage: {doc}\n")
+    for kind in (options, Process):
+        for field in dataclasses.fields(kind):
+            print(f"  --{field.name.replace('_', '-'):<18} {field.type} (default: {field.default!r})")
+    paths = [word for word in argv if not word.startswith("-")]
+    if paths:
+        print_help(load(paths[0]), f"{prog} {paths[0]}")
+    else:
+        print(f"\n{prog} CONFIG --help lists the fields of that config.")
+
+
+def _split(prog: str, argv: list[str]) -> tuple[str, list[list[str]]]:
+    """["c.py", "--a", "1", "--b=2"] -> "c.py" and [["--a", "1"], ["--b=2"]]."""
+    if argv[0].startswith("-"):
+        raise ConfigError(f"{prog} needs a CONFIG first.", got=" ".join(argv), rule=f"{prog} CONFIG [flags]")
+    groups: list[list[str]] = []
+    for word in argv[1:]:
+        if word.startswith("--"):
+            groups.append([word])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise ConfigError(f"{word!r} belongs to no flag.", rule=f"{prog} takes one CONFIG, then flags")
+    return argv[0], groups
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _of(groups: list[list[str]], kind: type) -> list[str]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return [word for words in groups if _name(words[0]) in names for word in words]

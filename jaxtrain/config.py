@@ -1,0 +1,184 @@
+"""RunConfig: one frozen value that says everything about a run. It is loaded from a Python file and touches no device."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from jaxtrain.checkpoint.policy import CheckpointConfig
+from jaxtrain.data.source import Source
+from jaxtrain.errors import ConfigError
+from jaxtrain.observe.ending import Ending
+from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
+from jaxtrain.train.optim import AdamW, Optim
+from jaxtrain.train.precision import Precision
+from jaxtrain.xla import XlaFlags
+from meshes import DEFAULT, MeshConfig, Rules
+
+M = TypeVar("M")  # the architecture's config: any dataclass that satisfies protocols.ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on held-out data: every `every` steps (0: only at the end) over at most `max_batches` batches."""
+
+    data: Source
+    every: int = 500
+    max_batches: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Generic[M]):
+    """A run. World size is not in it: `batch` is global and one mesh axis may be -1."""
+
+    name: str  # of the run folder, runs_dir/name
+    model: M
+    data: Source
+    eval: EvalConfig | None = None
+    steps: int
+    batch: int  # examples per step over all devices
+    seq_len: int  # tokens per example
+    seed: int = 0  # of the initial parameters and of the example order
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    rules: Rules = DEFAULT
+    precision: Precision = field(default_factory=Precision)
+    optim: Optim = field(default_factory=AdamW)
+    z_loss: float = 0.0  # weight of log(Z)^2 in the objective (PaLM 2022, section 5)
+    accumulate: int = 1  # microbatches per step
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 10
+    sinks: tuple[Sink, ...] = (Console(), Jsonl(), TensorBoard())
+    endings: tuple[Ending, ...] = ()  # what is printed after the last step
+    xla: XlaFlags = field(default_factory=XlaFlags)
+    runs_dir: str = "runs"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.seq_len
+
+
+# Fields that a run folder may be continued with although they differ: they move work, they do not change the numbers'
+# definition. A mesh of another size changes the last bit of a sum; the difference is printed all the same.
+FREE_TO_CHANGE = ("mesh", "rules", "checkpoint", "log_every", "sinks", "endings", "xla", "runs_dir", "eval")
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """The config of a Python file with `overrides` ("--optim.peak-lr", "3e-4", ...) applied and checked.
+
+    The file is executed: configs are code and trusted. Raises ConfigError.
+    """
+    from jaxtrain.overrides import apply
+
+    return check(apply(_from_file(Path(path)), list(overrides)))
+
+
+def _from_file(path: Path) -> RunConfig:
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ConfigError(
+            f"no config at {path}.", rule="CONFIG is a Python file", fix=f"one of: {', '.join(near)}" if near else ""
+        )
+    sys.path.insert(0, str(path.parent.resolve()))  # so that a config may build on its neighbour
+    try:
+        names = runpy.run_path(str(path), run_name=path.stem)
+    except (TypeError, NameError, SyntaxError, ImportError) as error:
+        raise ConfigError(
+            f"{path} does not load.", got=f"{type(error).__name__}: {error}", rule="a config is a Python file that runs"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(names.get("config"), RunConfig):
+        raise ConfigError(
+            f"{path} defines no config.",
+            got=f"config = {names.get('config')!r}",
+            rule="the file binds the name `config` to a RunConfig",
+        )
+    return names["config"]
+
+
+def check(config: RunConfig) -> RunConfig:
+    """The config itself, if its fields agree with each other; a device count is not needed. Raises ConfigError."""
+    for name in ("steps", "batch", "seq_len", "accumulate", "log_every"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} = {getattr(config, name)} is not positive.", rule=f"{name} is at least 1")
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise ConfigError(
+            f"name = {config.name!r} is no folder name.", rule="one path component that does not start with a dot"
+        )
+    if config.batch % config.accumulate:
+        raise ConfigError(
+            f"batch = {config.batch} does not divide into accumulate = {config.accumulate} microbatches.",
+            rule="accumulate divides the global batch",
+            fix=f"batch = {_round_up(config.batch, config.accumulate)}",
+        )
+    return config
+
+
+def check_layout(config: RunConfig, num_devices: int) -> dict[str, int]:
+    """The mesh's sizes on this many devices, if batch, sequence and model fit them. Raises ConfigError or LayoutError."""
+    sizes = config.mesh.sizes(num_devices)
+    config.model.check(sizes, config.seq_len)
+    rows, columns = (config.rules.shards(letter, sizes) for letter in "BS")
+    if config.batch % (rows * config.accumulate):
+        raise ConfigError(
+            f"batch = {config.batch} does not divide over {rows} batch shards.",
+            got=f"mesh {_short(sizes)}, accumulate {config.accumulate}",
+            rule="batch shards x accumulate divides the global batch",
+            fix=f"batch = {_round_up(config.batch, rows * config.accumulate)}",
+        )
+    if config.seq_len % columns:
+        raise ConfigError(
+            f"seq_len = {config.seq_len} does not divide over {columns} sequence shards.",
+            got=f"mesh {_short(sizes)}",
+            rule="the axes that shard S divide the sequence",
+            fix=f"seq_len = {_round_up(config.seq_len, columns)}",
+        )
+    return sizes
+
+
+def encode(value: Any) -> Any:
+    """Plain JSON of a config; dataclasses carry their type, so that AdamW and Lion differ even with equal fields."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {str(k): encode(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [encode(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def differences(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
+    """{"optim.peak_lr": (old, new)} over all leaves of two encoded configs that are not equal."""
+    flat_old, flat_new = flatten(old), flatten(new)
+    paths = sorted(flat_old.keys() | flat_new.keys())
+    pairs = {path: (flat_old.get(path), flat_new.get(path)) for path in paths}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def flatten(encoded: Any, prefix: str = "") -> dict[str, Any]:
+    """{"mesh.fsdp": -1, "sinks.0.type": ...} of an encoded config."""
+    if isinstance(encoded, dict):
+        items = encoded.items()
+    elif isinstance(encoded, list):
+        items = enumerate(encoded)
+    else:
+        return {prefix: encoded}
+    rows = [flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in items]
+    return {path: v for row in rows for path, v in row.items()} or {prefix: "none"}
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _short(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1) or "of one device"

@@ -1,0 +1,47 @@
+"""The console's line per row and its progress bar. It decides nothing but the text."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxtrain.observe.sinks import Row
+
+# metric -> how it reads on the line; the rest of a row is for the files
+_TRAIN = {
+    "train/loss": "loss {:.4f}",
+    "train/grad_norm": "grad {:.3f}",
+    "train/learning_rate": "lr {:.2e}",
+    "time/step_seconds": "{:.3f} s",
+    "throughput/tokens_per_second": "{:,.0f} tok/s",
+    "throughput/mfu": "mfu {:.1%}",
+}
+_EVAL = {"eval/loss": "held-out loss {:.4f}", "eval/bits_per_byte": "{:.4f} bits/byte"}
+
+
+def line(row: Row, steps: int) -> str:
+    """`step  120/1000  loss 2.3456  grad 0.531  ...`"""
+    parts = [text.format(row[name]) for name, text in (_TRAIN | _EVAL).items() if name in row]
+    return "  ".join([f"step {row['step']:>{len(str(steps))}}/{steps}", *parts])
+
+
+class ConsoleWriter:
+    def __init__(self, first_step: int, steps: int):
+        self._steps, self._console, self._bar = steps, Console(highlight=False, soft_wrap=True), None
+        if self._console.is_terminal:
+            columns = TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("", total=steps, completed=first_step)
+            self._bar.start()
+
+    def write(self, row: Row) -> None:
+        self._console.print(line(row, self._steps))
+        if self._bar:
+            self._bar.update(self._task, completed=row["step"])
+
+    def flush(self) -> None:
+        self._console.file.flush()
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,91 @@
+"""The run folder: who owns it, which config it belongs to, what it ran on. Metrics and checkpoints are others' files."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.config import FREE_TO_CHANGE, RunConfig, differences, encode
+from jaxtrain.errors import RunError
+
+
+class RunFolder:
+    """The lead process's hold on runs/NAME: locked while it lives, whatever ends it.
+
+    Raises RunError where another live process holds it, where it cannot be written, or where it belongs to another
+    config and `accept_changes` is not given; an accepted change is kept beside the first config, never over it.
+    """
+
+    def __init__(self, config: RunConfig, environment: dict[str, Any], accept_changes: bool = False):
+        self.path = config.run_dir
+        try:
+            for name in ("checkpoints", "logs"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / "lock")
+            self._keep_config(encode(config), accept_changes)
+            write_json(self.path / "environment.json", environment)
+        except OSError as error:
+            raise RunError(
+                f"cannot write the run folder {self.path}.",
+                got=error.strerror or str(error),
+                fix="free space, give write permission, or choose another --runs-dir",
+            ) from error
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _keep_config(self, new: dict, accept_changes: bool) -> None:
+        kept = _config_files(self.path)
+        if not kept:
+            return write_json(self.path / "config.json", new)
+        changed = differences(json.loads(kept[-1].read_text()), new)
+        if not changed:
+            return None
+        table = "\n        ".join(f"{path}: {old!r} -> {now!r}" for path, (old, now) in changed.items())
+        strict = [path for path in changed if path.split(".")[0] not in FREE_TO_CHANGE]
+        if strict and not accept_changes:
+            raise RunError(
+                f"{self.path} belongs to a run of another config.",
+                got=table,
+                rule="a run folder continues one config",
+                fix="another --name, or --accept-changes to continue this run with the new config",
+            )
+        print(f"continuing {self.path} with a changed config:\n        {table}", flush=True)
+        return write_json(self.path / f"config.{len(kept)}.json", new)
+
+
+def _config_files(run_dir: Path) -> list[Path]:
+    """config.json, then config.1.json, ... in the order of their writing."""
+    later = sorted(run_dir.glob("config.*.json"), key=lambda p: int(p.name.split(".")[1]))
+    first = run_dir / "config.json"
+    return [first, *later] if first.exists() else []
+
+
+def _locked(path: Path) -> Any:
+    """An open file with an exclusive lock that the kernel drops with the process. Its text names the holder."""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise RunError(
+            f"the run folder {path.parent} is in use by a live process.",
+            got=file.read().strip() or "a holder that has not written its name yet",
+            rule="one run writes one folder",
+            fix="end that process, or choose another --name",
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: a reader sees the old file or the new one."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(fresh, path)

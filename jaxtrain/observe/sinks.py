@@ -1,0 +1,137 @@
+"""Where metrics rows go, as values: console, JSONL, TensorBoard, Weights & Biases. A sink only writes what it is given."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtrain.errors import RunError
+
+Row = dict[str, float | int]
+
+
+class Writer(Protocol):
+    """An open sink of the lead process."""
+
+    def write(self, row: Row) -> None:
+        """One row: `step` and metrics named "group/metric"."""
+
+    def flush(self) -> None:
+        """Everything written so far survives a crash of the machine."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Console:
+    """One dense line per row on stdout, and a progress bar with the time left where stdout is a terminal."""
+
+    def open(self, run_dir: Path, first_step: int, steps: int) -> Writer:
+        from jaxtrain.observe.console import ConsoleWriter
+
+        return ConsoleWriter(first_step, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl:
+    """metrics.jsonl: one JSON object per row, floats as the shortest text that reads back to the same fp32 value."""
+
+    def open(self, run_dir: Path, first_step: int, steps: int) -> Writer:
+        return JsonlWriter(run_dir / "metrics.jsonl", first_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorBoard:
+    """Event files in tensorboard/; on a resume, events after the restored step are purged."""
+
+    def open(self, run_dir: Path, first_step: int, steps: int) -> Writer:
+        return TensorBoardWriter(run_dir / "tensorboard", first_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Weights & Biases, where the package is installed (the extra `wandb`). The run id is the run folder's name."""
+
+    project: str
+    entity: str | None = None
+
+    def open(self, run_dir: Path, first_step: int, steps: int) -> Writer:
+        try:
+            import wandb
+        except ImportError as error:
+            raise RunError(
+                "the sink Wandb needs the package wandb, which is not installed.",
+                fix="pip install 'jaxtrain[wandb]', or drop the sink from the config",
+            ) from error
+        return WandbWriter(wandb.init(project=self.project, entity=self.entity, id=run_dir.name, resume="allow", dir=run_dir))
+
+
+Sink = Console | Jsonl | TensorBoard | Wandb
+
+
+class JsonlWriter:
+    """Appends rows; opening cuts rows after `first_step` and a torn last line, which a killed process may have left."""
+
+    def __init__(self, path: Path, first_step: int):
+        keep = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(keep))
+        os.replace(fresh, path)
+        self._file = open(path, "a", buffering=1)
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file that may not exist."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a torn last line is left out."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+class TensorBoardWriter:
+    def __init__(self, directory: Path, first_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1, flush_secs=10)
+
+    def write(self, row: Row) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    def __init__(self, run: Any):
+        self._run = run
+
+    def write(self, row: Row) -> None:
+        self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def flush(self) -> None:
+        """Its own process sends and keeps what it was given."""
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,49 @@
+"""`jaxtrain show`: every resolved value of a config with its source, and what follows from it. It touches no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtrain.command import parse
+from jaxtrain.config import RunConfig, load
+from jaxtrain.overrides import leaves, sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`show` has no flags of its own."""
+
+
+def main(argv: list[str]) -> int:
+    """jaxtrain show CONFIG [overrides of the config]"""
+    call = parse("jaxtrain show", Options, argv, doc=main.__doc__)
+    plain, config = load(call.config), load(call.config, call.overrides)
+    print(table(plain, config))
+    print()
+    print(derived(config))
+    return 0
+
+
+def table(plain: RunConfig, config: RunConfig) -> str:
+    """A line per value: its flag, the value, and default, config (the file) or override (the command line)."""
+    values, origin = leaves(config), sources(plain, config)
+    wide = max(map(len, values)) + 2
+    return "\n".join(f"{path:<{wide}}{_text(value):<44}  {origin[path]}" for path, value in values.items())
+
+
+def derived(config: RunConfig) -> str:
+    """Parameter count, tokens and FLOPs per step."""
+    per_token = config.model.flops_per_token(config.seq_len)
+    rows = {
+        "parameters": f"{config.model.num_params():,}",
+        "tokens per step": f"{config.tokens_per_step:,}",
+        "tokens in all": f"{config.tokens_per_step * config.steps:,}",
+        "FLOPs per token": f"{per_token:.4g}",
+        "FLOPs per step": f"{per_token * config.tokens_per_step:.4g}",
+        "run folder": str(config.run_dir),
+    }
+    return "\n".join(f"{name:<18}{value}" for name, value in rows.items())
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else repr(value)

@@ -1,0 +1,29 @@
+"""`jaxtrain train`: from a command line to a finished run. The loop itself is loop.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtrain.command import parse
+from jaxtrain.config import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Flags of `jaxtrain train` beside the config's own overrides."""
+
+    accept_changes: bool = False  # continue a run folder with a config that differs from its own
+
+
+def main(argv: list[str]) -> int:
+    """jaxtrain train CONFIG [--fake-devices N] [--accept-changes] [overrides of the config]"""
+    call = parse("jaxtrain train", Options, argv, doc=main.__doc__)
+    config = load(call.config, call.overrides)
+
+    from jaxtrain import runtime
+
+    process = runtime.start(fake_devices=call.process.fake_devices, xla=config.xla)
+
+    from jaxtrain.train.run import train  # after start: it imports jax with the platform chosen
+
+    return train(config, process, accept_changes=call.options.accept_changes)

@@ -1,0 +1,126 @@
+"""One run from config to exit code: opens everything in order, resumes, drives the loop, says how it ended."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+import meshes
+from jaxtrain import runtime
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.config import RunConfig, check_layout, encode, flatten
+from jaxtrain.data import Loader, open_dataset
+from jaxtrain.observe.folder import RunFolder
+from jaxtrain.observe.plot import plot_loss
+from jaxtrain.observe.recorder import Recorder, StepClock
+from jaxtrain.observe.throughput import peak_flops
+from jaxtrain.train.evaluate import Evaluator
+from jaxtrain.train.loop import Loop
+from jaxtrain.train.signals import StopFlag
+from jaxtrain.train.state import Blueprint, State
+from jaxtrain.train.step import train_step
+
+
+@dataclass
+class Finished:
+    """What the endings read."""
+
+    blueprint: Blueprint
+    params: Any
+    eval_data: Any
+    evaluation: dict[str, float]
+
+
+def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool = False) -> int:
+    """Trains or resumes; returns 0, or 128 + the signal that stopped it. Every process of the run calls it."""
+    check_layout(config, jax.device_count())
+    fingerprint = {k: str(v) for k, v in flatten(encode(config)).items()} | {"code": runtime.code_fingerprint()}
+    runtime.compare_fingerprints(fingerprint, deadline_s=300)
+    with ExitStack() as stack:
+        if process.lead:
+            folder = RunFolder(config, runtime.environment(), accept_changes)
+            stack.callback(folder.close)
+        runtime.barrier("run folder", deadline_s=300)
+        return _run(config, process, stack)
+
+
+def _run(config: RunConfig, process: runtime.Process, stack: ExitStack) -> int:
+    mesh = meshes.make(config.mesh)
+    blueprint = Blueprint(config, mesh)
+    data, evaluator = _data(config), Evaluator.of(blueprint)
+    checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
+    stack.callback(checkpoints.close)
+    state, first_step = _state(blueprint, checkpoints)
+    _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
+    recorder = Recorder(config.sinks if process.lead else (), config.run_dir, first_step, config.steps)
+    stack.callback(recorder.close)
+    stop = StopFlag(mesh)
+    stack.callback(stop.close)
+    loader = Loader(data, mesh, config.rules, first_step, config.steps)
+    stack.callback(loader.close)
+
+    def evaluate(step: int, state: State) -> None:
+        recorder.write(step, evaluator(state.params))
+
+    def save(step: int, state: State) -> None:
+        position = data.position(step)
+        checkpoints.save(step, state, config=encode(config), data=position, letters=blueprint.letters)
+
+    def last_good() -> str:
+        checkpoints.wait()
+        step = checkpoints.newest()
+        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+
+    flops = config.model.flops_per_token(config.seq_len) * config.tokens_per_step
+    clock = StepClock(config.tokens_per_step, flops, peak_flops(config.precision.compute), first_step)
+    loop = Loop(config, train_step(blueprint), stop, recorder, clock, evaluate, save, last_good)
+    state, signal = loop.run(state, loader, first_step)
+    checkpoints.wait()
+    recorder.flush()
+    if signal:
+        _say(process, f"stopped by signal {signal} at step {int(state.step)}; the same command continues")
+        return 128 + signal
+    stop.close()
+    _end(process, Finished(blueprint, state.params, evaluator and evaluator.data, evaluator(state.params) if evaluator else {}))
+    return 0
+
+
+def _state(blueprint: Blueprint, checkpoints: Checkpoints) -> tuple[State, int]:
+    """The newest good checkpoint, or a fresh state."""
+    restored = checkpoints.latest(blueprint.abstract)
+    state = restored[0] if restored else blueprint.init()
+    return state, int(state.step)
+
+
+def _data(config: RunConfig) -> Any:
+    return open_dataset(
+        config.data,
+        seq_len=config.seq_len,
+        batch=config.batch,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def _end(process: runtime.Process, finished: Finished) -> None:
+    config = finished.blueprint.config
+    for ending in config.endings:
+        for line in ending.lines(finished):
+            _say(process, line)
+    if process.lead:
+        if (config.run_dir / "metrics.jsonl").exists():
+            print(f"loss plot   {plot_loss(config.run_dir)}")
+        print(f"run folder  {config.run_dir}", flush=True)
+
+
+def _headline(config: RunConfig, mesh: jax.sharding.Mesh) -> str:
+    return f"{config.name}: {config.model.num_params():,} parameters, {meshes.product(mesh.shape)}"
+
+
+def _say(process: runtime.Process, line: str) -> None:
+    if process.lead:
+        print(line, flush=True, file=sys.stdout)

@@ -1,0 +1,73 @@
+"""The training state and its blueprint: every array's shape, letters and sharding before any exists. It does no step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+import meshes
+from jaxtrain.config import RunConfig
+from jaxtrain.protocols import Model
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds. `step` counts completed updates (int32 scalar); `params` is a nested dict of fp32 arrays;
+    `opt` is the optax state, whose moments are stored exactly as the parameters they belong to."""
+
+    step: Any
+    params: Any
+    opt: Any
+
+
+class Blueprint:
+    """A run's state as descriptions: same tree three times, of shapes, of letters and of shardings on `mesh`."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        self.config, self.mesh, self.rules = config, mesh, config.rules
+        abstract = nnx.eval_shape(lambda: config.model.build(jax.random.key(0)))
+        self._graph, self._slots = nnx.split(abstract)
+        letters = nnx.to_pure_dict(jax.tree.map(lambda p: p.letters, self._slots, is_leaf=_is_param))
+        self.tx = config.optim.transform(letters)
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        opt = optax.tree_map_params(self.tx, lambda _, x: x, shapes.opt, letters, transform_non_params=lambda _: "")
+        self.shapes, self.letters = shapes, State(step="", params=letters, opt=opt)
+        self.shardings = meshes.shardings(mesh, self.rules.params, self.letters)
+        for (path, shape), name in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(self.letters)):
+            meshes.check(mesh, self.rules.params, name, shape.shape, jax.tree_util.keystr(path))
+
+    def model(self, params: Any) -> Model:
+        """The module over these parameters (arrays or tracers, any dtype)."""
+        return nnx.merge(self._graph, jax.tree.unflatten(jax.tree.structure(self._slots), jax.tree.leaves(params)))
+
+    @cached_property
+    def abstract(self) -> State:
+        """ShapeDtypeStructs with shardings: what a restore fills."""
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.shapes, self.shardings)
+
+    def init(self) -> State:
+        """A fresh state, born sharded: no device and no host ever holds a whole array that the rules divide.
+
+        The values depend on the seed alone, not on the mesh.
+        """
+        return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+
+    def _init(self, key: Any) -> State:
+        params = nnx.to_pure_dict(nnx.state(self.config.model.build(key)))
+        return State(step=jnp.zeros((), jnp.int32), params=params, opt=self.tx.init(params))
+
+    def batch_sharding(self) -> NamedSharding:
+        """Of every array "BS" of a batch."""
+        return meshes.sharding(self.mesh, "BS", self.rules.acts)
+
+
+def _is_param(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)

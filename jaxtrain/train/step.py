@@ -1,0 +1,118 @@
+"""The pure step: (state, batch) -> (state, metrics), and its evaluation twin. No clock, no file, no host decision in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import NamedSharding
+
+import meshes
+from jaxtrain.train.loss import Sums, cross_entropy, zero_sums
+from jaxtrain.train.state import Blueprint, State
+
+Batch = dict[str, Array]
+
+
+def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[State, dict[str, Array]]]:
+    """The compiled update. The state is donated; the batch is "BS" arrays sharded by the activation rules.
+
+    `stop` is an int32 per device, any of them nonzero when that device's process wants to stop: the maximum comes back
+    in the metrics, so all processes learn of it at the same step. Metrics are replicated fp32 scalars.
+    """
+    config, tx = blueprint.config, blueprint.tx
+
+    def step(state: State, batch: Batch, stop: Array) -> tuple[State, dict[str, Array]]:
+        with meshes.use(blueprint.mesh, blueprint.rules):
+            sums, grads = _gradients(blueprint, state.params, batch)
+            norm = optax.global_norm(grads)
+            if config.optim.clip is not None:
+                grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / norm), grads)
+            rate = config.optim.peak_lr * config.optim.schedule.factor(state.step, config.steps)
+            updates, opt = tx.update(grads, state.opt, state.params)
+            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        metrics = {
+            "train/loss": sums.nll / sums.count,
+            "train/grad_norm": norm,
+            "train/param_norm": optax.global_norm(params),
+            "train/learning_rate": rate,
+            "train/tokens": sums.count,
+            "stop": stop.max(),
+        }
+        if config.z_loss:
+            metrics["train/z_loss"] = config.z_loss * sums.z / sums.count
+        return State(step=state.step + 1, params=params, opt=opt), metrics
+
+    return _compiled(blueprint, step, state=blueprint.shardings, out=(blueprint.shardings, _replicated(blueprint)))
+
+
+def eval_step(blueprint: Blueprint) -> Callable[[Any, Batch, Array], tuple[Array, Array, Array]]:
+    """(params, batch, token_bytes_V) -> the batch's sums: nll in nats, targets counted, bytes that they stand for."""
+
+    def step(params: Any, batch: Batch, token_bytes_V: Array) -> tuple[Array, Array, Array]:
+        with meshes.use(blueprint.mesh, blueprint.rules):
+            sums = _loss(blueprint, _compute_copy(blueprint, params), batch)[1]
+            num_bytes = (token_bytes_V[batch["targets"]] * batch["weights"]).sum()
+        return sums.nll, sums.count, num_bytes
+
+    shardings = (blueprint.shardings.params, blueprint.batch_sharding(), _replicated(blueprint))
+    return jax.jit(step, in_shardings=shardings, out_shardings=_replicated(blueprint))
+
+
+def _compiled(blueprint: Blueprint, step: Callable, state: Any, out: Any) -> Callable:
+    shardings = (state, blueprint.batch_sharding(), meshes.per_device(blueprint.mesh))
+    return jax.jit(step, in_shardings=shardings, out_shardings=out, donate_argnums=0)
+
+
+def _replicated(blueprint: Blueprint) -> NamedSharding:
+    return meshes.sharding(blueprint.mesh, "", blueprint.rules.acts)
+
+
+def _loss(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[Array, Sums]:
+    model = blueprint.model(params)
+    h_BSD = model(batch["tokens"], batch["segments"], batch["positions"])
+    w_DV = meshes.constrain(model.unembedding(), "DV")
+    return cross_entropy(h_BSD, w_DV, batch["targets"], batch["weights"], blueprint.config.z_loss)
+
+
+def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[Sums, Any]:
+    """Sums over the whole batch and the gradient of the mean objective, fp32, laid out as the parameters are stored.
+
+    Each microbatch's objective is divided by the whole batch's count, so accumulation changes no weight of any token.
+    """
+    count = jnp.maximum(batch["weights"].sum(), 1.0)
+
+    def objective(params: Any, part: Batch) -> tuple[Array, Sums]:
+        total, sums = _loss(blueprint, _compute_copy(blueprint, params), part)
+        return total / count, sums
+
+    def stored(grads: Any) -> Any:
+        return lax.with_sharding_constraint(grads, blueprint.shardings.params)
+
+    def gradients(part: Batch) -> tuple[Sums, Any]:
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, part)
+        return sums, stored(grads)
+
+    parts = blueprint.config.accumulate
+    if parts == 1:
+        return gradients(batch)
+    start = (zero_sums(), stored(jax.tree.map(jnp.zeros_like, params)))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradients(part)), None)  # noqa: E731
+    return lax.scan(add, start, jax.tree.map(lambda x: _microbatches(x, parts), batch))[0]
+
+
+def _microbatches(x_BS: Array, parts: int) -> Array:
+    """(B, S) -> (parts, B / parts, S): microbatch m holds rows m, m + parts, ..., so rows stay on their devices."""
+    return meshes.constrain(jnp.moveaxis(x_BS.reshape(-1, parts, x_BS.shape[1]), 1, 0), "_BS")
+
+
+def _compute_copy(blueprint: Blueprint, params: Any) -> Any:
+    """The parameters in the compute dtype: still stored as they were (gathered layer by layer), or gathered once."""
+    copy = blueprint.config.precision.cast(params)
+    if blueprint.rules.gather == "step":
+        return jax.tree.map(meshes.constrain, copy, blueprint.letters.params)
+    return lax.with_sharding_constraint(copy, blueprint.shardings.params)
