@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         current,
         globalize,
         local_rows,
+        per_device,
+        platform,
         sharding,
         shardings,
         spec,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     )
 
 _PLACE = (
-    "Layout", "axis_size", "check", "constrain", "current", "globalize", "local_rows", "sharding", "shardings", "spec", "use",
+    "Layout", "axis_size", "check", "constrain", "current", "globalize", "local_rows", "per_device", "platform", "sharding", "shardings", "spec", "use",
 )  # fmt: skip
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,15 +57,21 @@ def product(sizes: Mapping[str, int]) -> str:
 
 def _does_not_fill(sizes: dict[str, int], fixed: int, num_devices: int) -> LayoutError:
     named = {axis: size for axis, size in sizes.items() if size not in (1, -1)}
-    fits = [
-        f"mesh.{axis} = {num_devices * size // fixed}" for axis, size in named.items() if num_devices * size % fixed == 0
-    ]
+    exact = -1 not in sizes.values()
+    fits = {axis: _nearest(num_devices * size / fixed, size, exact) for axis, size in named.items()}
     return LayoutError(
         f"the mesh cannot fill {num_devices} devices.",
         got=f"{product(named)} = {fixed}",
-        rule="the product of all axes must equal the number of devices, or divide it where one axis is -1",
-        fix=" or ".join(fits) or f"sizes that divide {num_devices}",
+        rule=f"the product of all axes must {'equal' if exact else 'divide'} the number of devices",
+        fix=" or ".join(f"mesh.{axis} = {size}" for axis, size in fits.items() if size) or "mesh.fsdp = -1",
     )
+
+
+def _nearest(room: float, size: int, exact: bool) -> int | None:
+    """The size that fills `room` devices, or where an axis is -1 the largest up to `size` that divides them."""
+    if room != int(room):
+        return None
+    return int(room) if exact else max(fit for fit in range(1, size + 1) if room % fit == 0)
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -111,32 +118,42 @@ def _check_inner(mesh: Mesh) -> None:
     grid = domain_grid(mesh)
     for axis in INNER:
         if domains_per_line(grid, mesh.axis_names.index(axis)) is None:
-            raise _straddles(axis, mesh)
+            raise _straddles(axis, mesh, grid)
 
 
-def _straddles(axis: str, mesh: Mesh) -> LayoutError:
+def _unit(pod: topology.Topology) -> str:
+    return "host" if pod.num_domains == pod.num_hosts else "NVLink domain"
+
+
+def _straddles(axis: str, mesh: Mesh, grid: np.ndarray) -> LayoutError:
     pod = topology.of(list(mesh.devices.flat))
+    unit, size = _unit(pod), math.gcd(*Counter(grid.flat).values())  # what fits in every domain
     names = list(mesh.axis_names)
     inside = math.prod(mesh.shape[name] for name in names[names.index(axis) + 1 :])
-    fits = [str(size) for size in range(1, pod.devices_per_domain + 1) if pod.devices_per_domain % (size * inside) == 0]
+    fits = [str(fit) for fit in range(1, size + 1) if size % (fit * inside) == 0]
     return LayoutError(
-        f"mesh.{axis} = {mesh.shape[axis]} would straddle NVLink domains unevenly.",
-        got=f"{product(mesh.shape)} over {pod.num_domains} domains of {pod.devices_per_domain} devices",
-        rule=f"{', '.join(INNER)} lie whole within a domain everywhere, or cover equal parts of several",
-        fix=f"mesh.{axis} = {', '.join(fits)}" if fits else f"a smaller axis inside {axis}",
+        f"mesh.{axis} = {mesh.shape[axis]} would straddle {unit}s unevenly.",
+        got=f"{product(mesh.shape)} over {pod.num_domains} {unit}s of {pod.devices_per_domain} devices",
+        rule=f"{', '.join(INNER)} lie whole within one {unit} everywhere, or cover equal parts of several",
+        fix=f"mesh.{axis} = {' or '.join(fits)}" if fits else f"a smaller axis inside {axis}",
     )
 
 
 def describe(mesh: Mesh) -> str:
-    """The mesh as text: which axes stay within an NVLink domain, which cross, and which coordinates sit where."""
+    """The mesh as text: which axes stay within a host or NVLink domain, which cross, and which coordinates sit where."""
     pod = topology.of(list(mesh.devices.flat))
-    unit = "host" if pod.num_domains == pod.num_hosts else "NVLink domain"
-    grid = domain_grid(mesh)
-    head = f"{pod.num_devices} x {pod.device_kind} = {product(mesh.shape)}, {pod.num_hosts} hosts of {pod.devices_per_host}"
-    head += f", {pod.num_domains} NVLink domains of {pod.devices_per_domain}" if unit != "host" else ""
+    unit, grid = _unit(pod), domain_grid(mesh)
+    head = f"{pod.num_devices} x {pod.device_kind}: {_times(pod.num_hosts, 'host')} of {pod.devices_per_host}"
+    if unit != "host":
+        head += f", {_times(pod.num_domains, unit)} of {pod.devices_per_domain}"
     used = {axis: dim for dim, axis in enumerate(mesh.axis_names) if mesh.shape[axis] > 1}
-    rows = [f"{axis:<8}{mesh.shape[axis]:>5}  {_reach(grid, dim, unit)}" for axis, dim in used.items()]
-    return "\n".join([head, *rows, *_elided([_coordinates(grid, used, number, unit) for number in range(grid.max() + 1)])])
+    axes = [f"{axis:<8}{mesh.shape[axis]:>5}  {_reach(grid, dim, unit)}" for axis, dim in used.items()]
+    places = [f"{unit} {number:<4} {_coordinates(grid == number, used)}".rstrip() for number in range(grid.max() + 1)]
+    return "\n".join([head, *axes, *_elided(places)])
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _reach(grid: np.ndarray, dim: int, unit: str) -> str:
@@ -144,23 +161,23 @@ def _reach(grid: np.ndarray, dim: int, unit: str) -> str:
     if count is None:
         return f"unevenly over {unit}s"
     if count in (1, size):
-        return f"within a {unit}" if count == 1 else f"across {unit}s"
-    return f"{size // count} within a {unit} x {count} across"
+        return f"within one {unit}" if count == 1 else f"across {unit}s"
+    return f"{size // count} within one {unit} x {count} across"
 
 
-def _coordinates(grid: np.ndarray, used: Mapping[str, int], number: int, unit: str) -> str:
+def _coordinates(here: np.ndarray, used: Mapping[str, int]) -> str:
     import numpy as np
 
-    places = np.argwhere(grid == number)
+    places = np.argwhere(here)
     spans = [(axis, places[:, dim].min(), places[:, dim].max()) for axis, dim in used.items()]
-    if math.prod(last - first + 1 for _, first, last in spans) != len(places):  # no box: say where it starts and ends
-        ends = [", ".join(f"{axis} {place[dim]}" for axis, dim in used.items()) for place in (places[0], places[-1])]
-        return f"{unit} {number:<5} {ends[0]} .. {ends[1]}"
-    texts = [f"{axis} {first}" if first == last else f"{axis} {first}-{last}" for axis, first, last in spans]
-    return f"{unit} {number:<5} {', '.join(texts)}"
+    if math.prod(last - first + 1 for _, first, last in spans) == len(places):
+        return " ".join(f"{axis} {first}" if first == last else f"{axis} {first}-{last}" for axis, first, last in spans)
+    # No box of coordinates: say where the row-major run starts and ends.
+    ends = [" ".join(f"{axis} {place[dim]}" for axis, dim in used.items()) for place in (places[0], places[-1])]
+    return " to ".join(ends)
 
 
 def _elided(rows: list[str], keep: int = 4) -> list[str]:
     if len(rows) <= keep + 2:
         return rows
-    return [*rows[: keep - 1], f"... {len(rows) - keep} more alike", rows[-1]]
+    return [*rows[: keep - 1], f"... {len(rows) - keep} more in the same order", rows[-1]]

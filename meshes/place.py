@@ -57,6 +57,7 @@ def _spec(letters: Letters, mapping: Mapping[str, Axes], keep: Any) -> Partition
 def sharding(mesh: Mesh, letters: Letters, mapping: Mapping[str, Axes]) -> NamedSharding:
     """"BSF" -> its sharding on `mesh`; axes that the mesh lacks, or has at size 1, are left out of the spec."""
     _check_letters(letters, mapping, "an array")
+    _check_axes(mesh, mapping, letters)
     return NamedSharding(mesh, _spec(letters, mapping, keep=lambda axis: mesh.shape.get(axis, 1) > 1))
 
 
@@ -65,9 +66,15 @@ def shardings(mesh: Mesh, mapping: Mapping[str, Axes], letters: Any) -> Any:
     return jax.tree.map(lambda leaf: sharding(mesh, leaf or "", mapping), letters, is_leaf=lambda leaf: leaf is None)
 
 
+def per_device(mesh: Mesh) -> NamedSharding:
+    """Of an array with one element for each device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
 def check(mesh: Mesh, mapping: Mapping[str, Axes], letters: Letters, shape: tuple[int, ...], name: str) -> None:
     """Raises LayoutError where an array `name` of this shape cannot be laid out by these letters."""
     _check_letters(letters, mapping, name)
+    _check_axes(mesh, mapping, letters)
     _check_shape(mesh.shape, mapping, letters, shape, name)
 
 
@@ -85,6 +92,14 @@ def _check_letters(letters: Letters, mapping: Mapping[str, Axes], name: str) -> 
                     fix=f"rules that keep them apart, or '{NAMELESS}' for the dim that need not be sharded",
                 )
             owner[axis] = letter
+
+
+def _check_axes(mesh: Mesh, mapping: Mapping[str, Axes], letters: Letters) -> None:
+    known = (*mesh.axis_names, *AXES)
+    for letter in letters:
+        for axis in axes_of(mapping, letter):
+            if axis not in known:
+                raise LayoutError(f"{letter} is put on {axis!r}, which is no mesh axis.", fix=closest(axis, set(known)))
 
 
 def _num_shards(sizes: Mapping[str, int], mapping: Mapping[str, Axes], letter: str) -> int:
@@ -131,6 +146,16 @@ def axis_size(letters: Letters) -> int:
     if layout is None:
         return 1
     return math.prod(_num_shards(layout.mesh.shape, layout.rules.acts, letter) for letter in letters)
+
+
+def platform() -> str:
+    """"gpu", "cpu" or "tpu": where the current layout's devices are, or the default backend's where there is none.
+
+    While a program is compiled for devices that are not here the two differ: choose kernels by this one.
+    """
+    layout = current()
+    kind = jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+    return "gpu" if kind in ("cuda", "rocm") else kind
 
 
 def local_rows(mesh: Mesh, rules: Rules, num_rows: int, *, process_index: int | None = None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -41,6 +42,10 @@ class Rules:
             object.__setattr__(self, side, {letter: _checked(side, mapping, letter) for letter in mapping})
         if self.gather not in GATHERS:
             raise LayoutError(f"gather = {self.gather!r} is no way to gather weights.", fix=closest(self.gather, GATHERS))
+
+    def shards(self, letter: str, sizes: Mapping[str, int]) -> int:
+        """Into how many parts compute cuts a dim of this letter, on a mesh of these axis sizes."""
+        return math.prod(sizes.get(axis, 1) for axis in axes_of(self.acts, letter))
 
     def __hash__(self) -> int:
         return hash((_frozen(self.params), _frozen(self.acts), self.gather))

@@ -1,0 +1,116 @@
+"""Rules: what they refuse, and that each preset cuts arrays as its name promises."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+
+import pytest
+
+import meshes
+from meshes import AXES, PRESETS, LayoutError, MeshConfig, Rules
+
+ALL = tuple(AXES)
+BATCH = ("replica", "data", "stage", "fsdp", "expert")
+# What each preset promises, as axes that cut: stored D, stored F, the batch, the ffn, the residual stream's sequence.
+PROMISES = {
+    "DP": ((), (), (*BATCH, "tensor"), (), ("context",)),
+    "ZERO1": (ALL, (), (*BATCH, "tensor"), (), ("context",)),
+    "FSDP": (ALL, (), (*BATCH, "tensor"), (), ("context",)),
+    "HSDP": (("fsdp",), (), (*BATCH, "tensor"), (), ("context",)),
+    "TP": ((), ("tensor",), BATCH, ("tensor",), ("context",)),
+    "TP_SP": ((), ("tensor",), BATCH, ("tensor",), ("context", "tensor")),
+    "FSDP_TP": ((*BATCH, "context"), ("tensor",), BATCH, ("tensor",), ("context",)),
+    "DEFAULT": (("stage", "fsdp", "context"), ("tensor",), BATCH, ("tensor",), ("context", "tensor")),
+}
+MESHES = [
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(replica=2, stage=2, context=2, fsdp=1),
+    MeshConfig(expert=2, tensor=4),
+    MeshConfig(fsdp=8),
+]
+
+
+def test_every_preset_is_promised_here():
+    assert set(PROMISES) == set(PRESETS)
+    assert all(getattr(meshes, name) is rules for name, rules in PRESETS.items())
+    assert [name for name, rules in PRESETS.items() if rules.gather == "step"] == ["ZERO1"]
+
+
+@pytest.mark.parametrize("config", MESHES, ids=str)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_cuts_arrays_as_promised(name, config):
+    mesh, rules = meshes.make(config), PRESETS[name]
+    stored_D, stored_F, batch, ffn, residual = (
+        math.prod(mesh.shape[axis] for axis in axes) for axes in PROMISES[name]
+    )
+    shard = lambda letters, mapping, shape: meshes.sharding(mesh, letters, mapping).shard_shape(shape)  # noqa: E731
+    context = mesh.shape["context"]
+    assert shard("LDF", rules.params, (3, 32, 64)) == (3, 32 // stored_D, 64 // stored_F)
+    assert shard("DF", rules.acts, (32, 64)) == (32, 64 // ffn)
+    assert shard("BSF", rules.acts, (8, 16, 64)) == (8 // batch, 16 // context, 64 // ffn)
+    assert shard("BRD", rules.acts, (8, 16, 32)) == (8 // batch, 16 // residual, 32)
+    assert shard("BSKH", rules.acts, (8, 16, 8, 4)) == (8 // batch, 16 // context, 8 // ffn, 4)
+    assert shard("VD", rules.params, (64, 32)) == (64 // stored_F, 32 // stored_D)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_axis_is_idle_in_any_preset(name):
+    for axis in AXES:
+        mesh = meshes.make(MeshConfig(**({"fsdp": 1} | {axis: 8})))
+        cut = meshes.sharding(mesh, "BSF", PRESETS[name].acts).shard_shape((8, 8, 8))
+        assert math.prod(cut) == 8**3 // 8, axis
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("letters", ["LDNH", "LDKH", "LDF", "LFD", "VD", "DV", "LEDF", "LD", "LH", "LE"])
+def test_no_preset_collides_on_the_weights_of_a_transformer(name, letters):
+    meshes.spec(letters, PRESETS[name].params)
+    meshes.spec(letters, PRESETS[name].acts)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("letters", ["BS", "BSD", "BRD", "BSNH", "BSKH", "BSF", "BSV", "ECD", "ECF", "BS_", "MBSD"])
+def test_no_preset_collides_on_the_activations_of_a_transformer(name, letters):
+    meshes.spec(letters, PRESETS[name].acts)
+
+
+def test_default_shards_experts_and_their_tokens():
+    mesh = meshes.make(MeshConfig(data=2, expert=2, fsdp=2))
+    assert meshes.sharding(mesh, "LEDF", meshes.DEFAULT.params).shard_shape((3, 4, 8, 16)) == (3, 2, 4, 16)
+    assert meshes.sharding(mesh, "ECD", meshes.DEFAULT.acts).shard_shape((4, 8, 8)) == (2, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("sides", "said"),
+    [
+        (dict(params={"D": "fsdb"}), "did you mean 'fsdp'"),
+        (dict(acts={"B": ("data", "tensr")}), "did you mean 'tensor'"),
+        (dict(params={"X": "fsdp"}), "'X', which is no letter"),
+        (dict(params={"_": "fsdp"}), "'_', which is no letter"),
+        (dict(acts={"B": ("data", "data")}), "B twice on one axis"),
+        (dict(gather="steps"), "did you mean 'step'"),
+    ],
+)
+def test_rules_refuse_names_that_do_not_exist_and_offer_the_closest(sides, said):
+    with pytest.raises(LayoutError, match=said):
+        Rules(**({"params": {}, "acts": {}} | sides))
+
+
+def test_one_axis_may_be_written_without_a_tuple_and_none_unmaps():
+    assert Rules(params={"D": "fsdp"}, acts={"B": None}) == Rules(params={"D": ("fsdp",)}, acts={"B": ()})
+
+
+def test_rules_are_plain_data_that_hash_copy_pickle_and_pass_through_json():
+    again = json.loads(json.dumps(dataclasses.asdict(meshes.DEFAULT)))
+    for rules in (Rules(**again), pickle.loads(pickle.dumps(meshes.DEFAULT)), copy.deepcopy(meshes.DEFAULT)):
+        assert rules == meshes.DEFAULT and hash(rules) == hash(meshes.DEFAULT)
+    assert len(set(PRESETS.values())) == len(PRESETS)
+
+
+def test_a_preset_is_changed_by_replacing_one_letter():
+    rules = dataclasses.replace(meshes.DEFAULT, acts=meshes.DEFAULT.acts | {"K": None})
+    assert meshes.spec("BSKH", rules.acts)[2] is None and meshes.spec("BSNH", rules.acts)[2] == "tensor"
