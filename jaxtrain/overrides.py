@@ -22,13 +22,15 @@ def apply(config: Any, argv: list[str]) -> Any:
     of a preset. Raises ConfigError for an unknown flag (naming the closest) and for a value of the wrong type.
     """
     pairs = _pairs(argv)
+    typed = []
     for flag, values in pairs:
-        path = _path(flag)
-        if len(values) == 1 and path and (choice := _choices(config, path).get(values[0])) is not None:
-            config = _replaced(config, path, choice)
-    chosen = [(f, v) for f, v in pairs if not (len(v) == 1 and v[0] in _choices(config, _path(f)))]
-    _check_names(config, [flag for flag, _ in chosen])
-    return _parse(config, chosen)
+        choices = _choices(config, _path(flag))
+        if choices:
+            config = _replaced(config, _path(flag), _chosen(flag, values, choices))
+        else:
+            typed.append((flag, values))
+    _check_names(config, [flag for flag, _ in typed])
+    return _parse(config, typed)
 
 
 def print_help(config: Any, prog: str) -> None:
@@ -110,7 +112,7 @@ def _at(config: Any, path: Path) -> Any:
 
 
 def _choices(config: Any, path: Path) -> dict[str, Any]:
-    """Named values that the field at `path` takes: presets of rules, or the dataclasses of its union."""
+    """Named values that the field at `path` takes: presets of rules, or the members of its union of dataclasses."""
     owner = _at(config, path[:-1])
     if isinstance(_at(config, path), meshes.Rules):
         return dict(meshes.PRESETS)
@@ -118,12 +120,21 @@ def _choices(config: Any, path: Path) -> dict[str, Any]:
         return {}
     kind = typing.get_type_hints(type(owner))[path[-1]]
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else ()
-    return {m.__name__: m for m in members if dataclasses.is_dataclass(m)}
+    named = {m.__name__: m for m in members if dataclasses.is_dataclass(m)}
+    return named | {"None": None} if named and type(None) in members else named
+
+
+def _chosen(flag: str, values: list[str], choices: dict[str, Any]) -> Any:
+    if len(values) != 1 or values[0] not in choices:
+        said = " ".join(values) or "no value"
+        raise ConfigError(f"{flag} cannot take {said!r}.", rule="it takes a name", fix=closest(said, choices))
+    choice = choices[values[0]]
+    return _instance(choice) if isinstance(choice, type) else choice
 
 
 def _replaced(config: Any, path: Path, choice: Any) -> Any:
     if not path:
-        return _instance(choice) if isinstance(choice, type) else choice
+        return choice
     below = _replaced(_at(config, path[:1]), path[1:], choice)
     if isinstance(config, tuple):
         return tuple(below if str(i) == path[0] else v for i, v in enumerate(config))
@@ -160,20 +171,25 @@ def _negation(path: str) -> str:
 
 
 def _parse(config: Any, pairs: list[tuple[str, list[str]]]) -> Any:
-    """Applies the flags one by one, so that a value of the wrong type is blamed on its flag."""
-    for flag, values in pairs:
+    """All flags at once; where that fails, the one that fails alone is blamed."""
+    for group in (pairs, *([pair] for pair in pairs)):
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                config = _tyro(config, [flag, *values], "jaxtrain")
-        except SystemExit as error:
+                changed = _tyro(config, [word for flag, values in group for word in (flag, *values)], "jaxtrain")
+        except SystemExit:
+            if group is pairs:
+                continue
+            ((flag, values),) = group
             now = leaves(config).get(".".join(_path(flag)))
             raise ConfigError(
                 f"{flag} cannot take {' '.join(values) or 'no value'!r}.",
                 got=_reason(said.getvalue()),
                 rule=f"its value now is {now!r}",
-            ) from error
-    return config
+            ) from None
+        if group is pairs:
+            return changed
+    raise AssertionError(f"the flags {pairs} parse one by one but not together")
 
 
 def _tyro(config: Any, argv: list[str], prog: str) -> Any:

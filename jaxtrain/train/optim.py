@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +97,7 @@ class Muon(Optimizer):
         from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
         kinds = jax.tree.map(lambda x: "adam" if _matrix(x) is None else "muon", letters)
-        is_dims = lambda x: isinstance(x, (MuonDimensionNumbers, optax.MaskedNode))  # noqa: E731
+        is_dims = lambda x: isinstance(x, MuonDimensionNumbers)  # noqa: E731
         dims = jax.tree.map(lambda x: MuonDimensionNumbers(*_matrix(x)) if _matrix(x) else optax.MaskedNode(), letters)
 
         def like_adam(updates, params=None):
@@ -133,12 +134,6 @@ def _matrix(letters: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
 
 def _rms_factor(dims: Any, shape: tuple[int, ...]) -> float:
-    import math
-
-    import optax
-
-    if isinstance(dims, optax.MaskedNode):
-        return 1.0
     sides = [math.prod(shape[i] for i in side) for side in (dims.reduction_axis, dims.output_axis)]
     return 0.2 * math.sqrt(max(sides))
 

@@ -1,0 +1,43 @@
+"""The baselines beside a model's loss are what they say they are."""
+
+import gzip
+import math
+
+import pytest
+
+from jaxtrain.observe.ending import Baselines, gzip_bits_per_byte, unigram_bits_per_byte
+
+
+class Held:
+    """A held-out dataset of two documents."""
+
+    eval_data = None
+
+    def documents(self):
+        yield b"abab" * 100
+        yield b"cdcd" * 100
+
+
+def test_unigram_entropy_of_equal_frequencies_is_the_log_of_their_number():
+    assert unigram_bits_per_byte(bytes(range(16)) * 10) == pytest.approx(4.0)
+    assert unigram_bits_per_byte(b"aaab") == pytest.approx(-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)))
+
+
+def test_gzip_is_gzip():
+    raw = b"the quick brown fox " * 50
+    assert gzip_bits_per_byte(raw) == pytest.approx(8 * len(gzip.compress(raw, 9)) / len(raw))
+
+
+def test_the_comparison_is_over_the_same_bytes():
+    run = Held()
+    run.eval_data, run.evaluation = run, {"eval/bits_per_byte": 1.5}
+    lines = Baselines().lines(run)
+    assert lines[0] == "held-out bits per byte, 800 bytes:"
+    assert "1.500" in lines[1]
+    assert "2.000" in lines[3]
+
+
+def test_a_run_whose_tokens_have_no_known_bytes_compares_nothing():
+    run = Held()
+    run.eval_data, run.evaluation = run, {"eval/loss": 1.5}
+    assert Baselines().lines(run) == []

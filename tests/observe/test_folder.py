@@ -1,0 +1,75 @@
+"""A run folder belongs to one config and one live process, and never loses what it had."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxtrain.errors import RunError
+from jaxtrain.observe.folder import RunFolder
+from jaxtrain.train.optim import AdamW
+from tests.tiny import TINY
+
+
+@pytest.fixture
+def config(tmp_path):
+    return dataclasses.replace(TINY, runs_dir=str(tmp_path))
+
+
+def _open(config, **kwargs):
+    RunFolder(config, {"python": "3"}, **kwargs).close()
+
+
+def test_a_folder_says_what_ran_and_on_what(config):
+    _open(config)
+    kept = json.loads((config.run_dir / "config.json").read_text())
+    assert kept["steps"] == 10
+    assert kept["optim"]["type"] == "jaxtrain.train.optim.AdamW"
+    assert json.loads((config.run_dir / "environment.json").read_text()) == {"python": "3"}
+
+
+def test_another_config_is_refused_with_the_difference_and_overwrites_nothing(config):
+    _open(config)
+    before = (config.run_dir / "config.json").read_bytes()
+    other = dataclasses.replace(config, optim=AdamW(peak_lr=1e-2))
+    with pytest.raises(RunError, match=r"optim\.peak_lr: 0\.0003 -> 0\.01"):
+        _open(other)
+    assert (config.run_dir / "config.json").read_bytes() == before
+
+
+def test_an_accepted_change_is_kept_beside_the_first_config(config, capsys):
+    _open(config)
+    _open(dataclasses.replace(config, steps=20), accept_changes=True)
+    assert "steps: 10 -> 20" in capsys.readouterr().out
+    assert json.loads((config.run_dir / "config.json").read_text())["steps"] == 10
+    assert json.loads((config.run_dir / "config.1.json").read_text())["steps"] == 20
+    _open(dataclasses.replace(config, steps=20))  # the newest config is the one that continues
+
+
+def test_another_mesh_continues_the_run(config):
+    _open(config)
+    _open(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, tensor=2)))
+
+
+def test_a_folder_in_use_names_its_holder_and_is_free_after_a_kill(config):
+    hold = (
+        "import dataclasses, sys, time; from tests.tiny import TINY; from jaxtrain.observe.folder import RunFolder;"
+        "folder = RunFolder(dataclasses.replace(TINY, runs_dir=sys.argv[1]), {}); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, config.runs_dir], stdout=subprocess.PIPE, text=True)
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"process {holder.pid} on "):
+            _open(config)
+        os.kill(holder.pid, signal.SIGKILL)
+    _open(config)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_a_fix(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write the run folder"):
+        _open(dataclasses.replace(config, runs_dir=str(tmp_path / "file")))

@@ -1,0 +1,68 @@
+"""Rows are exact, short, cut on resume, and survive a torn line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxtrain.errors import RunError
+from jaxtrain.observe.console import line
+from jaxtrain.observe.recorder import Recorder, StepClock, plain
+from jaxtrain.observe.sinks import Console, Jsonl, TensorBoard, read_rows
+
+
+def test_an_fp32_is_written_as_the_shortest_text_that_reads_back_to_it():
+    for value in (np.float32(0.1), np.float32(1 / 3), np.float32(2.5e-7), np.float32(123456.79)):
+        text = json.dumps(plain(value))
+        assert np.float32(json.loads(text)) == value
+        assert len(text) <= len(str(float(value)))
+    assert json.dumps(plain(np.float32(0.1))) == "0.1"
+
+
+def test_integers_stay_integers():
+    assert json.dumps(plain(np.int32(7))) == "7"
+
+
+def test_a_resume_cuts_rows_after_its_step_and_a_torn_last_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval/loss": 3.0}\n{"step": 3}\n{"step": 4, "tr')
+    Recorder((Jsonl(),), tmp_path, first_step=2, steps=9).close()
+    assert read_rows(path) == [{"step": 1}, {"step": 2}, {"step": 2, "eval/loss": 3.0}]
+
+
+def test_rows_reach_every_sink(tmp_path, capsys):
+    recorder = Recorder((Console(), Jsonl(), TensorBoard()), tmp_path, first_step=0, steps=10)
+    recorder.write(5, {"train/loss": np.float32(2.5), "train/grad_norm": np.float32(0.5)})
+    recorder.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 5, "train/loss": 2.5, "train/grad_norm": 0.5}]
+    assert "step  5/10  loss 2.5000  grad 0.500" in capsys.readouterr().out
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"train/loss" in events.read_bytes()
+
+
+def test_a_sink_that_cannot_write_ends_the_run_with_the_reason(tmp_path):
+    recorder = Recorder((Jsonl(),), tmp_path, first_step=0, steps=10)
+    recorder._writers[0]._file.close()
+    recorder._writers[0]._file = open("/dev/full", "w", buffering=1)
+    with pytest.raises(RunError, match="cannot write metrics"):
+        recorder.write(1, {"train/loss": 1.0})
+
+
+def test_the_clock_counts_steps_between_readings(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = StepClock(tokens_per_step=1000, flops_per_step=1e9, peak_flops=1e10, first_step=0)
+    now[0] = 150.0
+    clock.restart(1)  # the first update, with its compilation, is not counted
+    now[0] = 152.0
+    assert clock.tick(5) == {
+        "time/step_seconds": 0.5,
+        "throughput/tokens_per_second": 2000.0,
+        "throughput/mfu": pytest.approx(0.2),
+    }
+
+
+def test_an_evaluation_row_reads_as_one():
+    assert line({"step": 3, "eval/loss": 1.25, "eval/bits_per_byte": 1.8}, 10) == (
+        "step  3/10  held-out loss 1.2500  1.8000 bits/byte"
+    )

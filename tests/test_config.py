@@ -1,0 +1,118 @@
+"""Overrides are typed, named and explained; a bad config is an error in the user's words."""
+
+import dataclasses
+
+import pytest
+
+from jaxtrain import overrides
+from jaxtrain.config import check, check_layout, differences, encode, load
+from jaxtrain.errors import ConfigError, LayoutError
+from jaxtrain.train.optim import AdamW, Lion
+from jaxtrain.train.schedule import WSD
+from meshes import FSDP, MeshConfig
+from tests.tiny import TINY
+
+def _apply(*argv):
+    return overrides.apply(TINY, list(argv))
+
+
+def test_every_config_has_the_flags_that_people_reach_for():
+    flags = overrides.leaves(TINY)
+    for name in ("name", "steps", "seed", "batch", "mesh.fsdp", "mesh.tensor", "mesh.replica", "checkpoint.every", "runs_dir"):
+        assert name in flags
+
+
+def test_an_override_changes_its_field_alone_whatever_the_spelling():
+    for argv in (["--optim.peak-lr", "1e-4"], ["--optim.peak_lr=1e-4"]):
+        changed = _apply(*argv)
+        assert differences(encode(TINY), encode(changed)) == {"optim.peak_lr": (3e-4, 1e-4)}
+
+
+def test_negative_numbers_and_none_are_values():
+    assert _apply("--mesh.fsdp", "1", "--mesh.data", "-1").mesh == MeshConfig(fsdp=1, data=-1)
+    assert _apply("--optim.clip", "None").optim.clip is None
+
+
+def test_a_choice_is_made_by_the_name_of_its_value():
+    assert _apply("--optim", "Lion").optim == Lion()
+    assert _apply("--optim.schedule", "WSD", "--optim.schedule.decay", "0.5").optim == AdamW(schedule=WSD(decay=0.5))
+    assert _apply("--rules", "FSDP").rules == FSDP
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--stepz", "3"], ["unknown override --stepz", "did you mean '--steps'"]),
+        (["--optim.peak-lrr", "3"], ["did you mean '--optim.peak-lr'"]),
+        (["--steps", "many"], ["--steps cannot take 'many'", "int", "10"]),
+        (["--seed", "1", "--batch"], ["--batch cannot take 'no value'"]),
+        (["--rules", "FSPD"], ["--rules", "did you mean 'FSDP'"]),
+        (["--optim", "Adma"], ["--optim", "did you mean 'AdamW'"]),
+        (["steps", "3"], ["'steps' belongs to no flag"]),
+    ],
+)
+def test_a_bad_override_is_named_with_its_fix(argv, words):
+    with pytest.raises(ConfigError) as error:
+        _apply(*argv)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_each_value_knows_where_it_comes_from():
+    origin = overrides.sources(TINY, _apply("--optim.peak-lr", "1e-4", "--seed", "0"))
+    assert origin["optim.peak_lr"] == "override"
+    assert origin["steps"] == "config"
+    assert origin["optim.b1"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "steps = 0 is not positive"),
+        ({"name": "a/b"}, "is no folder name"),
+        ({"accumulate": 3}, "batch = 9"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(change, words):
+    with pytest.raises(ConfigError, match=words):
+        check(dataclasses.replace(TINY, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"batch": 12}, "batch = 12 does not divide over 8 batch shards.*batch = 16"),
+        ({"mesh": MeshConfig(fsdp=1, context=8), "seq_len": 30}, "seq_len"),
+        ({"mesh": MeshConfig(fsdp=3)}, "cannot fill 8 devices"),
+        ({"mesh": MeshConfig(fsdp=1, tensor=8)}, "tensor"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_before_it_runs(change, words):
+    with pytest.raises((ConfigError, LayoutError), match="(?s)" + words):
+        check_layout(dataclasses.replace(TINY, **change), 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("config = 3", "defines no config"),
+        ("from jaxtrain.config import RunConfg", "RunConfg"),
+        ("config = (", "SyntaxError"),
+        ("from jaxtrain.config import RunConfig\nconfig = RunConfig(nam='x')", "nam"),
+    ],
+)
+def test_a_config_file_that_does_not_load_says_why(tmp_path, text, words):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path / "broken.py")
+
+
+def test_a_missing_config_names_its_neighbours(tmp_path):
+    (tmp_path / "quickstart.py").write_text("")
+    with pytest.raises(ConfigError, match="quickstart.py"):
+        load(tmp_path / "quikstart.py")
+
+
+def test_two_optimizers_with_equal_fields_are_still_different_configs():
+    pairs = differences(encode(TINY), encode(dataclasses.replace(TINY, optim=Lion())))
+    assert "optim.type" in pairs
