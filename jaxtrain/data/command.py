@@ -1,0 +1,137 @@
+"""`jaxtrain data ...`: prepare, verify, order, train-tokenizer. It needs no device and does not import jax."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.data.source import HuggingFace, Jsonl, Parquet, Plain, Text, parts
+from jaxtrain.errors import ConfigError, closest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every verb takes."""
+
+    cache_dir: str | None = None  # where prepared data lives; beside the config's runs unless given
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(Options):
+    workers: int | None = None  # processes; as many as there are cores unless given
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderOptions(Options):
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    vocab_size: int | None = None  # tokens; the model's vocab_size unless given
+
+
+def main(argv: list[str]) -> int:
+    """jaxtrain data VERB CONFIG [flags] [overrides of the config]"""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("\n".join([f"usage: {main.__doc__}", "", *(f"  {verb:<16} {run.__doc__}" for verb, (_, run) in VERBS.items())]))
+        return 0
+    if argv[0] not in VERBS:
+        raise ConfigError(f"jaxtrain data has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
+    from jaxtrain.command import parse
+    from jaxtrain.config import load
+
+    options, run = VERBS[argv[0]]
+    call = parse(f"jaxtrain data {argv[0]}", options, argv[1:], doc=f"jaxtrain data {argv[0]} CONFIG [flags]\n\n{run.__doc__}")
+    run(load(call.config, call.overrides), call.options)
+    return 0
+
+
+def prepare(config: Any, options: PrepareOptions) -> None:
+    """Tokenise the training and evaluation data into shards, or find them."""
+    from jaxtrain.data.dataset import tokenizer_of
+    from jaxtrain.data.prepare import prepared
+
+    for source in _sources(config):
+        tokenizer_of(source, config.model.vocab_size)  # raises now what training would raise later
+    for part in _file_parts(config):
+        folder = prepared(part, _cache(config, options), prepare=True, workers=options.workers)
+        print(f"{_summary(folder)}  {part.split:<7}  {', '.join(part.files)}")
+
+
+def verify(config: Any, options: Options) -> None:
+    """Check every byte of the prepared data against its checksums."""
+    from jaxtrain.data.prepare import find
+    from jaxtrain.data.shards import Shards
+
+    for part in _file_parts(config):
+        folder = find(part, _cache(config, options))
+        print(f"{folder}  {Shards(folder).verify():,} bytes of tokens are as written")
+
+
+def order(config: Any, options: OrderOptions) -> None:
+    """Print the examples of a step by row: the document and the token within it that each begins at."""
+    from jaxtrain.data.dataset import open_dataset
+
+    data = open_dataset(
+        config.data,
+        seq_len=config.seq_len,
+        batch=config.batch,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        cache_dir=_cache(config, options),
+    )
+    if options.step < 0:
+        raise ConfigError(f"--step {options.step} is negative.", rule="steps count from 0")
+    for row, name in enumerate(data.ids(options.step)):
+        print(row, name)
+
+
+def train_tokenizer(config: Any, options: TrainOptions) -> None:
+    """Train a byte-level BPE on the training text and write it to the file that the config's tokenizer names."""
+    from jaxtrain.data.dataset import source_documents
+    from jaxtrain.data.tokenizer import train_bpe
+
+    values = [getattr(part, "tokenizer", None) for part in parts(config.data)]
+    value = next((value for value in values if isinstance(value, HuggingFace)), None)
+    if value is None:
+        raise ConfigError(
+            "the config's data has no tokenizer to train.", rule='a source with tokenizer=HuggingFace(file="tokenizer.json")'
+        )
+    texts = itertools.chain.from_iterable(source_documents(part) for part in parts(config.data))
+    train_bpe(texts, value, options.vocab_size or config.model.vocab_size)
+    print(value.file)
+
+
+VERBS = {
+    "prepare": (PrepareOptions, prepare),
+    "verify": (Options, verify),
+    "order": (OrderOptions, order),
+    "train-tokenizer": (TrainOptions, train_tokenizer),
+}
+
+
+def _sources(config: Any) -> list[Any]:
+    return [config.data, *([config.eval.data] if config.eval else [])]
+
+
+def _file_parts(config: Any) -> Iterator[Plain]:
+    """The parts that are prepared; others are read in place."""
+    unique = dict.fromkeys(part for source in _sources(config) for part in parts(source))
+    return (part for part in unique if isinstance(part, Text | Jsonl | Parquet))
+
+
+def _cache(config: Any, options: Options) -> Path:
+    from jaxtrain.data.prepare import default_cache
+
+    return Path(options.cache_dir) if options.cache_dir else default_cache(config.runs_dir)
+
+
+def _summary(folder: Path) -> str:
+    from jaxtrain.data.shards import Shards
+
+    stream = Shards(folder)
+    return f"{folder}  {stream.num_tokens:,} tokens in {stream.num_documents:,} documents"

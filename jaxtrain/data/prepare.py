@@ -1,0 +1,242 @@
+"""Tokenises a source into a folder of shards, in parallel and resumable; finds that folder again. It makes no batches."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.data import reading, shards
+from jaxtrain.data.reading import Document, Piece
+from jaxtrain.data.source import HuggingFace, Jsonl, Parquet, Text
+from jaxtrain.data.tokenizer import OpenTokenizer, UndecodableText, open_tokenizer
+from jaxtrain.errors import DataError, RunError
+
+FORMAT = 1  # of the shards: another number, another folder
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1024  # of one call of the tokenizer: enough to hide the call, little memory
+POLL_SECONDS = 0.5
+SPAWN_BYTES = 8 << 20  # of input: below this a process costs more to start (about 0.5 s) than it saves
+
+Source = Text | Jsonl | Parquet
+
+
+def default_cache(runs_dir: str | Path) -> Path:
+    """The folder beside the runs that prepared data lives in; a run's name cannot start with a dot."""
+    return Path(runs_dir) / ".data"
+
+
+def prepared(
+    source: Source, cache_dir: str | Path, *, prepare: bool, workers: int | None = None, stall_seconds: float = 600.0
+) -> Path:
+    """The finished folder of this source under `cache_dir`: at once where it is there, else made now if `prepare`.
+
+    The folder's name is a hash of the files (names, sizes, mtimes), split, tokenizer and format. With prepare=False, for
+    all processes but the lead one: waits for another to make it. Raises DataError for bad input, RunError where no
+    file appears in the folder for `stall_seconds`.
+    """
+    folder = find(source, cache_dir)
+    if (folder / "index.json").exists():
+        return folder
+    if prepare:
+        _make(source, folder, workers or len(os.sched_getaffinity(0)))
+    else:
+        _wait(folder, stall_seconds)
+    return folder
+
+
+def find(source: Source, cache_dir: str | Path) -> Path:
+    """The folder that `prepared` makes for this source, finished or not."""
+    return Path(cache_dir) / _key(source, open_tokenizer(source.tokenizer))
+
+
+def _key(source: Source, tokenizer: OpenTokenizer) -> str:
+    files = [(f.name, f.size, f.mtime_ns) for f in reading.source_files(source)]
+    column = getattr(source, "field", getattr(source, "column", None))
+    facts = [FORMAT, reading.SHARD_BYTES, type(source).__name__, source.split, source.holdout, column, tokenizer.key, files]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def _wait(folder: Path, stall_seconds: float) -> None:
+    seen, since = None, time.monotonic()
+    while not (folder / "index.json").exists():
+        files = sorted(os.listdir(folder)) if folder.is_dir() else None
+        if files != seen:
+            seen, since = files, time.monotonic()
+        if time.monotonic() - since > stall_seconds:
+            raise RunError(
+                f"no process is preparing the data in {folder}.",
+                got=f"no new shard in {stall_seconds:g} s",
+                rule="the lead process prepares data while the others wait; all see one file system",
+                fix="run `jaxtrain data prepare CONFIG` first, on storage that every host sees",
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _make(source: Source, folder: Path, workers: int) -> None:
+    plan = reading.shards(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = {n: pieces for n, pieces in enumerate(plan) if not (folder / f"{n:05}.json").exists()}
+    _run(source, folder, todo, workers, total=sum(p.size for pieces in plan for p in pieces))
+    if find(source, folder.parent) != folder:
+        raise DataError("the source's files changed while they were read.", got=f"{source.files}", fix="prepare again")
+    _finish(folder, len(plan), token_dtype(open_tokenizer(source.tokenizer)))
+
+
+def _run(source: Source, folder: Path, todo: dict[int, list[Piece]], workers: int, total: int) -> None:
+    """Writes the shards of `todo`, showing progress in bytes of input. A worker's UserError ends it all."""
+    sizes = {number: sum(piece.size for piece in pieces) for number, pieces in todo.items()}
+    with _progress(total, done=total - sum(sizes.values())) as advance:
+        if workers == 1 or len(todo) < 2 or sum(sizes.values()) < SPAWN_BYTES:
+            for number, pieces in todo.items():
+                write_shard(source, folder, number, pieces)
+                advance(sizes[number])
+            return
+        context = multiprocessing.get_context("spawn")  # not fork: the parent may hold jax's threads
+        pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_begin_worker)
+        try:
+            jobs = {pool.submit(write_shard, source, folder, n, pieces): n for n, pieces in todo.items()}
+            for job in as_completed(jobs):
+                job.result()
+                advance(sizes[jobs[job]])
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a worker that tokenised data was killed.",
+                rule="each holds the largest single document several times over",
+                fix="more memory, or fewer --workers; finished shards are kept",
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """One thread of tokenising per process, and no life after the parent's: its SIGKILL would leave workers waiting."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class _progress:
+    """A bar on stderr over bytes of input; entering gives the function that advances it."""
+
+    def __init__(self, total: int, done: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._total, self._done = total, done
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bar.start()
+        task = self._bar.add_task("", total=self._total, completed=self._done)
+        return lambda size: self._bar.advance(task, size)
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+
+def token_dtype(tokenizer: OpenTokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def write_shard(source: Source, folder: Path, number: int, pieces: list[Piece]) -> None:
+    """Tokenises the pieces into shard `number`; the same bytes whoever does it and whenever."""
+    tokenizer = open_tokenizer(source.tokenizer)
+    stem = f"{number:05}"
+    starts, numbers, owners, total = array("q"), array("q"), [], 0
+    with shards.atomic(folder / f"{stem}.tokens") as file:
+        for document, ids in _tokenised(source, tokenizer, pieces):
+            if not owners or owners[-1][0] != document.file.name:
+                owners.append([document.file.name, _mark(source), len(starts)])
+            starts.append(total)
+            numbers.append(document.number)
+            file.write(ids)
+            total += len(ids)
+    tokens = shards.map_tokens(str(folder / f"{stem}.tokens"), total, token_dtype(tokenizer))
+    crcs = shards.block_crcs(tokens)
+    table = np.stack([np.asarray(starts), np.asarray(numbers)], axis=1).astype("<i8")
+    for name, values in (("docs", table), ("crc", crcs)):
+        with shards.atomic(folder / f"{stem}.{name}") as file:
+            file.write(values)
+    counts = {"tokens": total, "documents": len(starts), "docs_crc32": zlib.crc32(table), "crc_crc32": zlib.crc32(crcs)}
+    shards.write_json(folder / f"{stem}.json", counts | {"pieces": owners})
+
+
+def _mark(source: Source) -> str:
+    """What stands between a document's file name and its number."""
+    return {Text: "", Jsonl: "@", Parquet: "#"}[type(source)]
+
+
+def _tokenised(source: Source, tokenizer: OpenTokenizer, pieces: list[Piece]) -> Iterator[tuple[Document, np.ndarray]]:
+    dtype = token_dtype(tokenizer)
+    end = np.array([tokenizer.end], dtype)
+    stream = itertools.chain.from_iterable(reading.documents(source, piece) for piece in pieces)
+    for batch in _batches(stream):
+        try:
+            encoded = tokenizer.encode_documents([document.text for document in batch])
+        except UndecodableText as error:
+            raise _not_utf8(source, batch[error.index], error) from error
+        for document, ids in zip(batch, encoded, strict=True):
+            yield document, np.concatenate([ids.astype(dtype, copy=False), end])
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _not_utf8(source: Source, document: Document, error: UndecodableText) -> DataError:
+    where = f" of the document {_mark(source)}{document.number}" if _mark(source) else ""
+    assert isinstance(source.tokenizer, HuggingFace), "bytes are never refused"
+    return DataError(
+        f"{document.file.path} is not UTF-8 at byte {error.offset}{where}.",
+        got=f"byte 0x{error.byte:02x}",
+        rule="a tokenizer.json reads UTF-8 text",
+        fix=f"exclude the file, HuggingFace(file={source.tokenizer.file!r}, errors='replace'), or Bytes(), which takes anything",
+    )
+
+
+def _finish(folder: Path, num_shards: int, dtype: np.dtype) -> None:
+    """Joins the finished shards: the table of document starts, then the index that makes the folder whole."""
+    records, crc, base = [], 0, 0
+    with shards.atomic(folder / "starts") as file:
+        for number in range(num_shards):
+            record = shards.read_json(folder / f"{number:05}.json")
+            record.pop("pieces")
+            raw = np.fromfile(folder / f"{number:05}.docs", "<i8").reshape(-1, 2)
+            starts = raw[:, 0] + base
+            file.write(starts)
+            crc, base = zlib.crc32(starts, crc), base + record["tokens"]
+            records.append(record)
+    documents = sum(record["documents"] for record in records)
+    index = {"format": FORMAT, "dtype": dtype.str, "documents": documents, "starts_crc32": crc, "shards": records}
+    shards.write_json(folder / "index.json", index)
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink(missing_ok=True)

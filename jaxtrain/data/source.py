@@ -1,0 +1,137 @@
+"""Where training text comes from and how it becomes ids, as plain values. It reads no file and imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jaxtrain.errors import ConfigError, closest
+
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """The 256 byte values, and 256 for the end of a document: takes anything, loses nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """A tokenizer.json. Special tokens written out in a text are read as ordinary text."""
+
+    file: str
+    end_of_document: str = "<|endoftext|>"  # the special token put after every document
+    errors: Literal["strict", "replace"] = "strict"  # text that is not UTF-8: refused, or read with U+FFFD in its place
+
+
+Tokenizer = Bytes | HuggingFace
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """Folders (read whole, hidden files aside), globs ("corpus/**/*.txt") or single files."""
+
+    files: tuple[str, ...]
+    exclude: tuple[str, ...] = ()  # patterns of names, relative to the folder or glob, that are left out
+    holdout: float = 0.0  # fraction of the documents kept out of "train", by hash: stable when files are added
+    split: Split = "train"
+    tokenizer: Tokenizer = Bytes()
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        if isinstance(self.files, str) or not self.files:
+            raise ConfigError(f"{kind}.files = {self.files!r} is no tuple of globs.", fix='files=("corpus/**/*.txt",)')
+        if self.split not in ("train", "heldout"):
+            raise ConfigError(f"{kind}.split = {self.split!r} is unknown.", fix=closest(str(self.split), ("train", "heldout")))
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"{kind}.holdout = {self.holdout} is no fraction.", rule="0 <= holdout < 1", fix="holdout=0.01")
+        if self.split == "heldout" and not self.holdout:
+            raise ConfigError(
+                f"{kind}.split = 'heldout' but nothing is held out.", got="holdout = 0", fix="holdout=0.01 in both splits"
+            )
+
+    def heldout(self):
+        """The same source's held-out documents."""
+        return replace(self, split="heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(_Files):
+    """A document a file, plain or .gz or .zst. Held-out files are chosen by a hash of the relative file name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl(_Files):
+    """A document a line: .jsonl, .ndjson or .json, plain or .gz or .zst. Held-out ones by a hash of the text."""
+
+    field: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parquet(_Files):
+    """A document a row of a string or binary column. Held-out ones are chosen by a hash of the text."""
+
+    column: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Megatron:
+    """Megatron-LM's PREFIX.bin and PREFIX.idx (MMIDIDX version 1, uint16 or int32), read in place."""
+
+    files: tuple[str, ...]  # prefixes, or globs of them
+    tokenizer: Tokenizer | None = None  # the one that made the files, where bytes per token or decoded text are wanted
+
+    def __post_init__(self) -> None:
+        if isinstance(self.files, str) or not self.files:
+            raise ConfigError(f"Megatron.files = {self.files!r} is no tuple of prefixes.", fix='files=("data/x_text_document",)')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """Documents of random ids, computed when read. In nats per token no model can beat
+
+    uniform: log(vocab_size) · walk (each id is the last one plus 1 to 4): log(4) · copy (the second half of a document
+    repeats the first): log(vocab_size) in the first half and 0 in the second.
+    """
+
+    kind: Literal["uniform", "walk", "copy"] = "walk"
+    vocab_size: int = 256
+    document: int = 256  # tokens in each
+    num_documents: int = 1 << 20
+    seed: int = 0  # another one for evaluation
+
+    def __post_init__(self) -> None:
+        if self.kind not in (kinds := ("uniform", "walk", "copy")):
+            raise ConfigError(f"Synthetic.kind = {self.kind!r} is unknown.", fix=closest(str(self.kind), kinds))
+        if self.vocab_size < 2 or self.document < 2 or self.num_documents < 1:
+            raise ConfigError(f"{self} is empty.", rule="vocab_size and document at least 2, num_documents at least 1")
+
+
+Plain = Text | Jsonl | Parquet | Megatron | Synthetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Several sources, in proportion to their weights: examples of each, so tokens of each."""
+
+    sources: tuple[Plain, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sources or len(self.sources) != len(self.weights):
+            raise ConfigError(
+                "Mixture's sources and weights do not pair up.",
+                got=f"{len(self.sources)} sources, {len(self.weights)} weights",
+                rule="one weight for each source, at least one source",
+            )
+        if not all(math.isfinite(w) and w > 0 for w in self.weights):
+            raise ConfigError(f"Mixture.weights = {self.weights} are not all positive.", fix="leave a source of weight 0 out")
+
+
+Source = Plain | Mixture
+
+
+def parts(source: Source) -> tuple[Plain, ...]:
+    """The sources of a mixture; of any other source itself."""
+    return source.sources if isinstance(source, Mixture) else (source,)
