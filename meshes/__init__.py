@@ -1,4 +1,4 @@
-"""Where things live on devices: named meshes, rules from letters to axes, placement. Importing it does not import jax."""
+"""Where things live on devices: named meshes, rules from letters to axes, placement. Importing it imports no jax."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     )
 
 _PLACE = (
-    "Layout", "axis_size", "check", "constrain", "current", "globalize", "local_rows", "per_device", "platform", "sharding", "shardings", "spec", "use",
+    "Layout", "axis_size", "check", "constrain", "current", "globalize", "local_rows", "per_device", "platform",
+    "sharding", "shardings", "spec", "use",
 )  # fmt: skip
 
 __all__ = [
-    "AXES", "DEFAULT", "DP", "FSDP", "FSDP_TP", "HSDP", "LETTERS", "LayoutError", "MeshConfig", "NAMELESS", "PRESETS", "Rules",
-    "TP", "TP_SP", "UserError", "ZERO1", "closest", "describe", "make", *_PLACE,
+    "AXES", "DEFAULT", "DP", "FSDP", "FSDP_TP", "HSDP", "LETTERS", "LayoutError", "MeshConfig", "NAMELESS", "PRESETS",
+    "Rules", "TP", "TP_SP", "UserError", "ZERO1", "closest", "describe", "make", *_PLACE,
 ]  # fmt: skip
 
 

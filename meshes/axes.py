@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Outer to inner: neighbours along the last axes share an NVLink domain, neighbours along the first may be data centres apart.
+# Outer to inner: neighbours along the last axis share an NVLink domain, along the first they may be data centres apart.
 AXES: dict[str, str] = {
     "replica": "copies of the whole job, across pods or data centres; data parallel",
     "data": "data parallel: parameters may be copied",

@@ -1,4 +1,4 @@
-"""MeshConfig to jax Mesh: fills the one -1, orders the devices, refuses uneven inner axes, draws. It shards no array."""
+"""MeshConfig to jax Mesh: fills the one -1, orders devices, refuses uneven inner axes, draws. It shards no array."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _straddles(axis: str, mesh: Mesh, grid: np.ndarray) -> LayoutError:
 
 
 def describe(mesh: Mesh) -> str:
-    """The mesh as text: which axes stay within a host or NVLink domain, which cross, and which coordinates sit where."""
+    """The mesh as text: which axes stay within a host or NVLink domain, which cross, which coordinates sit where."""
     pod = topology.of(list(mesh.devices.flat))
     unit, grid = _unit(pod), domain_grid(mesh)
     head = f"{pod.num_devices} x {pod.device_kind}: {_times(pod.num_hosts, 'host')} of {pod.devices_per_host}"

@@ -1,4 +1,4 @@
-"""The only maker of NamedSharding: letters and rules to specs, shardings, constraints, global batches. It computes nothing."""
+"""The only maker of NamedSharding: letters and rules to shardings, constraints, global batches. It computes nothing."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Layout:
     rules: Rules
 
 
-# A jax user context and not a contextvar: it is part of jit's cache key, so a function traced under one layout is traced
-# again under another instead of keeping the first one's constraints.
+# A jax user context and not a contextvar: it is part of jit's cache key, so a function traced under one layout is
+# traced again under another instead of keeping the first one's constraints.
 _layout = jax.make_user_context(None)
 
 
@@ -82,7 +82,8 @@ def _check_letters(letters: Letters, mapping: Mapping[str, Axes], name: str) -> 
     owner: dict[str, str] = {}
     for letter in letters:
         if letter != NAMELESS and letter not in LETTERS:
-            raise LayoutError(f"{name} {letters!r}: {letter!r} is no letter.", fix=closest(letter, [*LETTERS, NAMELESS]))
+            fix = closest(letter, (*LETTERS, NAMELESS))
+            raise LayoutError(f"{name} {letters!r}: {letter!r} is no letter of the alphabet.", fix=fix)
         for axis in axes_of(mapping, letter):
             if axis in owner:
                 raise LayoutError(
@@ -159,7 +160,10 @@ def platform() -> str:
 
 
 def local_rows(mesh: Mesh, rules: Rules, num_rows: int, *, process_index: int | None = None) -> np.ndarray:
-    """The rows of a batch of `num_rows`, ascending, that this process (or another one) must provide; they may be others' too."""
+    """The row numbers, ascending, of a batch of `num_rows` that this process (or the one named) must provide.
+
+    Processes may share rows. Raises LayoutError where the rows do not divide.
+    """
     check(mesh, rules.acts, "B", (num_rows,), "a batch")
     me = jax.process_index() if process_index is None else process_index
     blocks = sharding(mesh, "B", rules.acts).devices_indices_map((num_rows,)).items()
@@ -178,7 +182,11 @@ def globalize(tree: Any, mesh: Mesh, rules: Rules, num_rows: int, letters: Lette
 
 def _global(x: np.ndarray, rows: np.ndarray, mesh: Mesh, rules: Rules, num_rows: int, letters: Letters) -> jax.Array:
     if len(x) != len(rows):
-        raise LayoutError(f"a batch of {len(x)} rows here.", got=f"{num_rows} in all", rule=f"this process holds {len(rows)}")
+        raise LayoutError(
+            f"this process was given {len(x)} rows of the batch.",
+            got=f"{num_rows} rows in all",
+            rule=f"it holds the {len(rows)} that local_rows names",
+        )
     shape = (num_rows, *x.shape[1:])
     check(mesh, rules.acts, letters, shape, "a batch")
 

@@ -26,7 +26,7 @@ def axes_of(mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Letters to mesh axes: `params` where parameters and optimizer state are STORED, `acts` how they are COMPUTED with.
+    """Letters to mesh axes: `params` where parameters and optimizer state are STORED, `acts` what COMPUTE uses.
 
     `acts` lays out activations, and weights at the moment of their use. `gather` says when stored weights take that
     layout: "layer" or "step". Where both maps agree nothing moves. Raises LayoutError on an unknown letter or axis.
@@ -41,7 +41,8 @@ class Rules:
             mapping = getattr(self, side)
             object.__setattr__(self, side, {letter: _checked(side, mapping, letter) for letter in mapping})
         if self.gather not in GATHERS:
-            raise LayoutError(f"gather = {self.gather!r} is no way to gather weights.", fix=closest(self.gather, GATHERS))
+            fix = closest(self.gather, GATHERS)
+            raise LayoutError(f"gather = {self.gather!r} is no way to gather weights.", fix=fix)
 
     def shards(self, letter: str, sizes: Mapping[str, int]) -> int:
         """Into how many parts compute cuts a dim of this letter, on a mesh of these axis sizes."""

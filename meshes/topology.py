@@ -1,7 +1,7 @@
 """What a pod looks like: hosts, NVLink domains, device order, link speeds and peaks. It measures nothing.
 
-Peaks are dense, without sparsity, from NVIDIA's data sheets of the SXM boards: A100 (nvidia-a100-datasheet-us, 2021),
-H100 (2023), H200 (2024), DGX B200 and GB200 NVL72 (2024). PCIe and NVL boards have other numbers and are not listed.
+Numbers are those of NVIDIA's data sheets for the A100, H100, H200 (SXM), HGX B200 and GB200 NVL72; peaks are dense,
+without sparsity. PCIe and NVL boards have other numbers and are not listed.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ def _flops(bf16: float, fp8: float | None = None) -> dict[str, float]:
     return peaks if fp8 is None else peaks | {"float8": fp8}
 
 
-_HOPPER = dict(flops=_flops(989.4e12, 1978.9e12), nvlink_bandwidth=450e9, network_bandwidth=50e9, nvlink_domain=8)
 _AMPERE = dict(flops=_flops(312e12), nvlink_bandwidth=300e9, network_bandwidth=25e9, nvlink_domain=8)
-_BLACKWELL = dict(nvlink_bandwidth=900e9, network_bandwidth=50e9)
+_HOPPER = dict(flops=_flops(989.4e12, 1978.9e12), nvlink_bandwidth=450e9, network_bandwidth=50e9, nvlink_domain=8)
+_B200 = dict(flops=_flops(2250e12, 4500e12), nvlink_bandwidth=900e9, network_bandwidth=50e9, nvlink_domain=8)
+_GB200 = dict(flops=_flops(2500e12, 5000e12), nvlink_bandwidth=900e9, network_bandwidth=50e9, nvlink_domain=72)
+_ROWS = (  # name, device_kind, memory in bytes and bytes per second, the rest
+    ("a100", r"NVIDIA A100-SXM4-80GB", 80 * 2**30, 2039e9, _AMPERE),
+    ("a100_40gb", r"NVIDIA A100-SXM4-40GB", 40 * 2**30, 1555e9, _AMPERE),
+    ("h100", r"NVIDIA H100( 80GB HBM3)?", 84_942_979_072, 3352.32e9, _HOPPER),
+    ("h200", r"NVIDIA H200", 151_397_597_184, 4800e9, _HOPPER),
+    ("b200", r"NVIDIA B200", 191_514_411_008, 7672.32e9, _B200),
+    ("gb200", r"NVIDIA GB200", 197_897_748_480, 7928.064e9, _GB200),
+)
 KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind(name="a100", pattern=r"NVIDIA A100-SXM4-80GB", memory_bytes=80 * 2**30, memory_bandwidth=2039e9, **_AMPERE),
-        Kind(name="a100_40gb", pattern=r"NVIDIA A100-SXM4-40GB", memory_bytes=40 * 2**30, memory_bandwidth=1555e9, **_AMPERE),
-        Kind(name="h100", pattern=r"NVIDIA H100( 80GB HBM3)?", memory_bytes=84_942_979_072, memory_bandwidth=3352.32e9, **_HOPPER),
-        Kind(name="h200", pattern=r"NVIDIA H200", memory_bytes=151_397_597_184, memory_bandwidth=4800e9, **_HOPPER),
-        Kind(name="b200", pattern=r"NVIDIA B200", memory_bytes=191_514_411_008, memory_bandwidth=7672.32e9,
-             flops=_flops(2250e12, 4500e12), nvlink_domain=8, **_BLACKWELL),
-        Kind(name="gb200", pattern=r"NVIDIA GB200", memory_bytes=197_897_748_480, memory_bandwidth=7928.064e9,
-             flops=_flops(2500e12, 5000e12), nvlink_domain=72, **_BLACKWELL),
-    )
-}  # fmt: skip
+    name: Kind(name=name, pattern=pattern, memory_bytes=memory, memory_bandwidth=bandwidth, **rest)
+    for name, pattern, memory, bandwidth, rest in _ROWS
+}
 _UNKNOWN_DOMAIN = 8  # devices; boards of kinds not listed join at most this many
 
 

@@ -139,7 +139,8 @@ def test_a_drawing_of_eight_devices():
         "tensor      2  within one host",
         "host 0    data 0-1 fsdp 0-1 tensor 0-1",
     ]
-    assert meshes.describe(meshes.make(MeshConfig(), jax.devices()[:1])).splitlines() == ["1 x cpu: 1 host of 1", "host 0"]
+    one = meshes.make(MeshConfig(), jax.devices()[:1])
+    assert meshes.describe(one).splitlines() == ["1 x cpu: 1 host of 1", "host 0"]
 
 
 def test_a_drawing_of_1024_devices_stays_on_one_screen(pod):

@@ -54,7 +54,8 @@ def test_the_maths_is_the_same_under_every_preset_on_every_mesh(name, config):
     stored = meshes.shardings(mesh, rules.params, ["DF", "FD"])
     batch = meshes.globalize(x, mesh, rules, 8, "BSD")
     with meshes.use(mesh, rules):
-        value, grads = jax.jit(jax.value_and_grad(loss), out_shardings=(None, stored))(jax.device_put(weights, stored), batch)
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, stored))
+        value, grads = step(jax.device_put(weights, stored), batch)
     want_value, want_grads = reference(weights, x)
     np.testing.assert_allclose(value, want_value, rtol=FLOAT32_SUMS)
     for grad, want, sharding in zip(grads, want_grads, stored, strict=True):
@@ -69,8 +70,9 @@ def test_the_compiled_product_gathers_the_weight_only_where_it_is_stored_in_part
         shape, jnp.float32, sharding=meshes.sharding(mesh, letters, mapping)
     )
     product = lambda x, w: meshes.constrain(x @ meshes.constrain(w, "DF"), "BSF")  # noqa: E731
+    x, w = abstract("BSD", rules.acts, (8, 4, 16)), abstract("DF", rules.params, (16, 32))
     with meshes.use(mesh, rules):
-        lowered = jax.jit(product).lower(abstract("BSD", rules.acts, (8, 4, 16)), abstract("DF", rules.params, (16, 32)))
+        lowered = jax.jit(product).lower(x, w)
     compiled = lowered.compile()
     assert compiled.as_text().count(" all-gather(") == gathers
     assert compiled.output_shardings.shard_shape((8, 4, 32)) == (1, 4, 32)
@@ -81,13 +83,27 @@ def test_constrain_lays_out_by_the_compute_map():
     with meshes.use(mesh, DEFAULT):
         out = jax.jit(lambda x: meshes.constrain(x, "BSF"))(jnp.ones((8, 4, 16)))
         assert out.sharding.shard_shape(out.shape) == (2, 4, 8)
-        assert (meshes.axis_size("B"), meshes.axis_size("F"), meshes.axis_size("BF"), meshes.axis_size("D")) == (4, 2, 8, 1)
+        assert {letters: meshes.axis_size(letters) for letters in ("B", "F", "BF", "D")} == dict(B=4, F=2, BF=8, D=1)
 
 
 def test_without_a_layout_constrain_gives_back_its_argument():
     x = jnp.ones((3, 5))
     assert meshes.constrain(x, "BF") is x
     assert meshes.current() is None and meshes.axis_size("B") == 1
+
+
+def test_the_platform_is_that_of_the_layouts_devices(pod):
+    assert meshes.platform() == "cpu"
+    with meshes.use(meshes.make(MeshConfig(), pod(1, 8)), DEFAULT):
+        assert meshes.platform() == "gpu"
+    with meshes.use(meshes.make(MeshConfig()), DEFAULT):
+        assert meshes.platform() == "cpu"
+
+
+def test_one_element_for_each_device_in_the_meshes_order():
+    mesh = meshes.make(MeshConfig(data=2, tensor=2), jax.devices()[::-1])
+    array = jax.device_put(np.arange(8), meshes.per_device(mesh))
+    assert [(s.device, int(s.data[0])) for s in array.addressable_shards] == list(zip(mesh.devices.flat, range(8)))
 
 
 def test_layouts_nest_and_end_with_their_block_even_by_an_error():
@@ -184,7 +200,8 @@ def test_constrain_refuses_what_check_refuses():
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(
-    "sizes", [dict(), dict(data=4, tensor=8), dict(tensor=16), dict(context=16), dict(context=4, tensor=4), dict(stage=2, expert=4)]
+    "sizes",
+    [{}, dict(data=4, tensor=8), dict(tensor=16), dict(context=16), dict(context=4, tensor=4), dict(stage=2, expert=4)],
 )
 def test_local_rows_are_those_that_the_processes_devices_hold(pod, name, sizes):
     """Against jax's own index map of the whole batch; together the processes provide every row."""
@@ -200,9 +217,10 @@ def test_local_rows_are_those_that_the_processes_devices_hold(pod, name, sizes):
 
 
 def test_processes_share_rows_where_tensor_crosses_them_and_not_otherwise(pod):
-    rows = lambda **sizes: [  # noqa: E731
-        meshes.local_rows(meshes.make(MeshConfig(**sizes), pod(4, 8)), DEFAULT, 32, process_index=p).tolist() for p in range(4)
-    ]
+    def rows(**sizes):
+        mesh = meshes.make(MeshConfig(**sizes), pod(4, 8))
+        return [meshes.local_rows(mesh, DEFAULT, 32, process_index=process).tolist() for process in range(4)]
+
     assert rows() == [list(range(8 * p, 8 * p + 8)) for p in range(4)]
     assert rows(tensor=16) == [list(range(16))] * 2 + [list(range(16, 32))] * 2
     assert rows(context=32) == [list(range(32))] * 4
