@@ -1,0 +1,34 @@
+"""When checkpoints are made and which of them stay: a config value and the rule. It touches no file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from jaxtrain.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """A checkpoint every `every` steps; the newest `keep_last` stay, and for ever those whose step `keep_every` divides."""
+
+    every: int = 1000  # steps
+    keep_last: int = 3
+    keep_every: int = 0  # steps; 0: none stays for ever
+    deadline_seconds: float = 1800.0  # for one save, one restore and each wait within them
+
+    def __post_init__(self) -> None:
+        least = {"every": 1, "keep_last": 1, "keep_every": 0, "deadline_seconds": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"checkpoint.{name} = {getattr(self, name)} is too small.", rule=f"at least {bound}")
+
+
+def expired(steps: Collection[int], config: CheckpointConfig) -> list[int]:
+    """The steps, ascending, whose checkpoints the policy lets go."""
+    newest = sorted(steps)[-config.keep_last :]
+    return [step for step in sorted(steps) if step not in newest and not _for_ever(step, config)]
+
+
+def _for_ever(step: int, config: CheckpointConfig) -> bool:
+    return config.keep_every > 0 and step % config.keep_every == 0
