@@ -45,8 +45,8 @@ def prepared(
     """The finished folder of this source under `cache_dir`: at once where it is there, else made now if `prepare`.
 
     The folder's name is a hash of the files (names, sizes, mtimes), split, tokenizer and format. With prepare=False, for
-    all processes but the lead one: waits for another to make it. Raises DataError for bad input, RunError where no
-    file appears in the folder for `stall_seconds`.
+    all processes but the lead one: waits for another to make it. Raises DataError for bad input, RunError where the disk
+    refuses, a worker is killed, or no file appears in the folder for `stall_seconds`.
     """
     folder = find(source, cache_dir)
     if (folder / "index.json").exists():

@@ -25,24 +25,26 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxtrain.data.stream import Arrays, map_tokens
-from jaxtrain.errors import DataError
+from jaxtrain.errors import DataError, RunError
 
 BLOCK = 1 << 16  # bytes under one CRC: 11 us to check at 6 GB/s, against the 2 to 8 KiB of a typical window
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path` whole, on disk, or not at all."""
+    """A file that appears at `path` whole, on disk, or not at all. Raises RunError where the disk refuses."""
     scratch = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with open(scratch, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        with open(scratch, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(scratch, path)
-    except FileNotFoundError:  # another process finished the same folder and swept up
-        if not path.exists():
-            raise
+    except OSError as error:
+        if not path.exists():  # else another process finished the same folder and swept up
+            raise RunError(f"{path} cannot be written.", got=f"{error}", fix="space or rights there, or --cache-dir") from error
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def block_crcs(tokens: np.ndarray) -> np.ndarray:
