@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -92,7 +93,7 @@ def _open_megatron(index: File) -> tuple[np.ndarray, np.ndarray]:
         known = ", ".join(f"{c} ({t.name})" for c, t in DTYPES.items())
         raise DataError(f"{index.path} is of another kind.", got=f"version {version}, dtype {code}", rule=f"version 1, dtype {known}")
     sequences, documents = (int(n) for n in raw[18:34].view("<u8"))
-    ends = np.cumsum([34, 4 * sequences, 8 * sequences, 8 * documents])
+    ends = list(accumulate([34, 4 * sequences, 8 * sequences, 8 * documents]))
     if len(raw) < ends[-1]:
         raise DataError(f"{index.path} is cut short.", got=f"{len(raw)} bytes", rule=f"{ends[-1]} for {sequences} sequences")
     lengths, offsets, firsts = (
@@ -101,8 +102,8 @@ def _open_megatron(index: File) -> tuple[np.ndarray, np.ndarray]:
     begins = np.cumsum([0, *lengths], dtype=np.int64)
     if not np.array_equal(offsets, begins[:-1] * DTYPES[code].itemsize):
         raise DataError(f"{index.path}: its sequences have gaps or another order.", rule="sequences lie end to end in the .bin file")
-    if (lengths < 0).any() or (firsts > sequences).any() or (np.diff(firsts) < 0).any():
-        raise DataError(f"{index.path} is damaged.", rule="lengths are positive, documents ascend")
+    if (lengths < 0).any() or (np.diff(firsts) < 0).any() or firsts[:1].tolist() + firsts[-1:].tolist() != [0, sequences]:
+        raise DataError(f"{index.path} is damaged.", rule="lengths are positive, documents ascend from the first sequence to the last")
     return _megatron_tokens(index, int(begins[-1]), DTYPES[code]), begins[firsts]
 
 

@@ -1,0 +1,111 @@
+"""`jaxtrain data`: what a user types and reads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxtrain.data import command
+from jaxtrain.errors import ConfigError, DataError
+
+CONFIG = """
+import dataclasses
+from jaxtrain.config import EvalConfig
+from jaxtrain.data import HuggingFace, Text
+from tests.tiny import TINY
+text = Text(files=("{files}",), holdout=0.3)
+bpe = dataclasses.replace(text, tokenizer=HuggingFace(file="{folder}/tokenizer.json"))
+text = {name}
+model = dataclasses.replace(TINY.model, vocab_size=384)
+config = dataclasses.replace(TINY, model=model, data=text, eval=EvalConfig(data=text.heldout()), runs_dir="{folder}/runs", batch=4)
+"""
+
+
+@pytest.fixture
+def config(tmp_path, corpus):
+    def write(name: str = "text") -> str:
+        path = tmp_path / "config.py"
+        path.write_text(CONFIG.format(files=tmp_path / "corpus", folder=tmp_path, name=name))
+        return str(path)
+
+    return write
+
+
+def run(*argv: str) -> int:
+    return command.main(list(argv))
+
+
+def test_prepare_prints_both_splits_and_finds_them_again(config, tmp_path, capsys):
+    assert run("prepare", config()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "  train  " in lines[0] and "  heldout  " in lines[1] and "documents" in lines[0]
+    assert lines[0].startswith(str(tmp_path / "runs" / ".data"))
+    run("prepare", config(), "--workers", "1")
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_order_prints_the_examples_of_a_step(config, capsys):
+    run("order", config(), "--step", "3")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "1", "2", "3"] and all(".txt+" in line for line in lines)
+    run("order", config(), "--step", "3", "--seed", "7")
+    assert capsys.readouterr().out.splitlines() != lines
+    with pytest.raises(ConfigError, match="negative"):
+        run("order", config(), "--step", "-1")
+
+
+def test_order_needs_no_jax(config):
+    code = f"import sys; from jaxtrain.data import command; command.main(['order', {config()!r}]); print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_verify_finds_a_flipped_bit(config, tmp_path, capsys):
+    run("prepare", config())
+    run("verify", config())
+    assert capsys.readouterr().out.count("as written") == 2
+    path = next((tmp_path / "runs").glob(".data/*/00000.tokens"))
+    raw = bytearray(path.read_bytes())
+    raw[77] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="00000.tokens is damaged"):
+        run("verify", config())
+
+
+def test_a_tokenizer_is_trained_into_the_file_that_the_config_names(config, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run("prepare", config("bpe"))
+    run("train-tokenizer", config("bpe"), "--vocab-size", "300")
+    assert len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]) == 300
+    run("prepare", config("bpe"))
+    assert "tokenizer.json" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no tokenizer to train"):
+        run("train-tokenizer", config("text"))
+
+
+def test_a_vocabulary_that_is_too_small_is_refused_before_preparing(config, tmp_path):
+    with pytest.raises(ConfigError, match="vocab_size = 100 is smaller"):
+        run("prepare", config(), "--model.vocab-size", "100")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_verb_is_answered_with_the_closest(capsys):
+    with pytest.raises(ConfigError, match="did you mean 'prepare'"):
+        run("prepair", "x.py")
+    assert run() == 0
+    assert all(verb in capsys.readouterr().out for verb in ["train-tokenizer"])
+
+
+@pytest.mark.parametrize("module", ["source", "command"])
+def test_configs_and_the_command_import_nothing_heavy(module):
+    heavy = ("jax", "numpy", "pyarrow", "tokenizers", "zstandard", "rich", "tyro")
+    code = f"import sys, jaxtrain.data.{module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
