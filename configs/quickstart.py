@@ -17,7 +17,7 @@ library = Text(files=(sysconfig.get_path("stdlib") + "/**/*.py",), exclude=("sit
 
 config = RunConfig(
     name="quickstart",
-    model=Config(vocab_size=264, dim=192, num_layers=4, num_heads=6, num_kv_heads=2, ffn=512),
+    model=Config(vocab_size=264, dim=192, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=32, ffn=512),
     data=library,
     eval=EvalConfig(data=library.heldout(), every=250, max_batches=8),
     steps=1000,

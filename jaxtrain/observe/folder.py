@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jaxtrain.config import FREE_TO_CHANGE, RunConfig, differences, encode
 from jaxtrain.errors import RunError
@@ -23,11 +24,14 @@ class RunFolder:
     def __init__(self, config: RunConfig, environment: dict[str, Any], accept_changes: bool = False):
         self.path = config.run_dir
         try:
-            for name in ("checkpoints", "logs"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path / "lock")
-            self._keep_config(encode(config), accept_changes)
-            write_json(self.path / "environment.json", environment)
+            with ExitStack() as undo:
+                for name in ("checkpoints", "logs"):
+                    (self.path / name).mkdir(parents=True, exist_ok=True)
+                self._lock = undo.enter_context(open(self.path / "lock", "a+"))
+                _lock(self._lock, self.path)
+                self._keep_config(encode(config), accept_changes)
+                write_json(self.path / "environment.json", environment)
+                undo.pop_all()
         except OSError as error:
             raise RunError(
                 f"cannot write the run folder {self.path}.",
@@ -65,15 +69,14 @@ def _config_files(run_dir: Path) -> list[Path]:
     return [first, *later] if first.exists() else []
 
 
-def _locked(path: Path) -> Any:
-    """An open file with an exclusive lock that the kernel drops with the process. Its text names the holder."""
-    file = open(path, "a+")
+def _lock(file: TextIO, run_dir: Path) -> None:
+    """Takes a lock that the kernel drops with the process. The file's text names the holder."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
         raise RunError(
-            f"the run folder {path.parent} is in use by a live process.",
+            f"the run folder {run_dir} is in use by a live process.",
             got=file.read().strip() or "a holder that has not written its name yet",
             rule="one run writes one folder",
             fix="end that process, or choose another --name",
@@ -81,7 +84,6 @@ def _locked(path: Path) -> Any:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    return file
 
 
 def write_json(path: Path, value: Any) -> None:

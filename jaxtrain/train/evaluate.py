@@ -8,36 +8,37 @@ from typing import Any
 import numpy as np
 
 import meshes
-from jaxtrain.data import open_dataset
+from jaxtrain.config import RunConfig
+from jaxtrain.data import Dataset, Source, open_dataset
+from jaxtrain.data.prepare import default_cache
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step
+
+
+def open_data(config: RunConfig, source: Source, lead: bool, shuffle: bool = True) -> Dataset:
+    """One of the config's sources as batches; the lead process tokenises it where that has not been done."""
+    return open_dataset(
+        source,
+        seq_len=config.seq_len,
+        batch=config.batch,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        cache_dir=default_cache(config.runs_dir),
+        shuffle=shuffle,
+        prepare=lead,
+    )
 
 
 class Evaluator:
     """Calling it with parameters gives the metrics; every process of the mesh must call it."""
 
-    def __init__(self, blueprint: Blueprint):
+    def __init__(self, blueprint: Blueprint, lead: bool):
         config = blueprint.config
         self._blueprint, self._step = blueprint, eval_step(blueprint)
-        self.data = open_dataset(
-            config.eval.data,
-            seq_len=config.seq_len,
-            batch=config.batch,
-            seed=config.seed,
-            vocab_size=config.model.vocab_size,
-            shuffle=False,
-        )
-        whole = -(-self.data.num_examples // config.batch)
-        self._num_batches = min(whole, config.eval.max_batches or whole)
+        self.data = open_data(config, config.eval.data, lead, shuffle=False)
+        self._num_batches = min(self.data.num_steps, config.eval.max_batches or self.data.num_steps)
         known = self.data.token_bytes
-        self._token_bytes = np.zeros(config.model.vocab_size, np.float32)
-        if known is not None:
-            self._token_bytes[: len(known)] = known
-
-    @classmethod
-    def of(cls, blueprint: Blueprint) -> Evaluator | None:
-        """None where the config evaluates nothing."""
-        return cls(blueprint) if blueprint.config.eval else None
+        self._token_bytes = np.zeros(config.model.vocab_size, np.float32) if known is None else known.astype(np.float32)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """{"eval/loss": nats per target, "eval/bits_per_byte": where the bytes of tokens are known}."""

@@ -13,12 +13,12 @@ import meshes
 from jaxtrain import runtime
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import RunConfig, check_layout, encode, flatten
-from jaxtrain.data import Loader, open_dataset
+from jaxtrain.data import Loader
 from jaxtrain.observe.folder import RunFolder
 from jaxtrain.observe.plot import plot_loss
 from jaxtrain.observe.recorder import Recorder, StepClock
 from jaxtrain.observe.throughput import peak_flops
-from jaxtrain.train.evaluate import Evaluator
+from jaxtrain.train.evaluate import Evaluator, open_data
 from jaxtrain.train.loop import Loop
 from jaxtrain.train.signals import StopFlag
 from jaxtrain.train.state import Blueprint, State
@@ -51,7 +51,8 @@ def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool =
 def _run(config: RunConfig, process: runtime.Process, stack: ExitStack) -> int:
     mesh = meshes.make(config.mesh)
     blueprint = Blueprint(config, mesh)
-    data, evaluator = _data(config), Evaluator.of(blueprint)
+    data = open_data(config, config.data, process.lead)
+    evaluator = Evaluator(blueprint, process.lead) if config.eval else None
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
     stack.callback(checkpoints.close)
     state, first_step = _state(blueprint, checkpoints)
@@ -94,16 +95,6 @@ def _state(blueprint: Blueprint, checkpoints: Checkpoints) -> tuple[State, int]:
     restored = checkpoints.latest(blueprint.abstract)
     state = restored[0] if restored else blueprint.init()
     return state, int(state.step)
-
-
-def _data(config: RunConfig) -> Any:
-    return open_dataset(
-        config.data,
-        seq_len=config.seq_len,
-        batch=config.batch,
-        seed=config.seed,
-        vocab_size=config.model.vocab_size,
-    )
 
 
 def _end(process: runtime.Process, finished: Finished) -> None:

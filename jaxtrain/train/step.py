@@ -29,7 +29,7 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
     def step(state: State, batch: Batch, stop: Array) -> tuple[State, dict[str, Array]]:
         with meshes.use(blueprint.mesh, blueprint.rules):
             sums, grads = _gradients(blueprint, state.params, batch)
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             if config.optim.clip is not None:
                 grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / norm), grads)
             rate = config.optim.peak_lr * config.optim.schedule.factor(state.step, config.steps)
@@ -38,7 +38,7 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
         metrics = {
             "train/loss": sums.nll / sums.count,
             "train/grad_norm": norm,
-            "train/param_norm": optax.global_norm(params),
+            "train/param_norm": optax.tree.norm(params),
             "train/learning_rate": rate,
             "train/tokens": sums.count,
             "stop": stop.max(),
