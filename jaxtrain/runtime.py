@@ -1,0 +1,270 @@
+"""Brings a process up before it touches a device: platform, XLA flags, compilation cache, its peers. It trains nothing.
+
+Also what processes agree on after that (fingerprints, barriers) and what they run on (`environment`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtrain import coordination
+from jaxtrain.cluster import Member, few, member
+from jaxtrain.errors import RunError
+from jaxtrain.meeting import meet
+from jaxtrain.xla import XlaFlags, add_flags
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jaxtrain", "meshes", "models")
+_HEARD_S = 15.0  # for the other processes to hear a verdict before the first of them leaves
+_round = itertools.count()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Which process this is: `index` of `count`, on `host`."""
+
+    index: int = 0
+    count: int = 1
+    host: str = ""
+
+    @property
+    def lead(self) -> bool:
+        """Whether it is the one that writes files and speaks for all."""
+        return self.index == 0
+
+
+_process = Process(host=socket.gethostname())
+
+
+def start(
+    *,
+    fake_devices: int | None = None,
+    xla: XlaFlags = XlaFlags(),
+    cache_dir: Path | None = None,
+    deadline_s: float = 300.0,
+) -> Process:
+    """Sets this process up and meets its peers; comes before the first use of a device.
+
+    `fake_devices`: run on that many CPU devices. `cache_dir`: compiled programs are kept there; None: $JAXTRAIN_CACHE_DIR
+    or ~/.cache/jaxtrain. Raises RunError where peers are missing at the deadline or fake devices come too late,
+    ConfigError for an unknown XLA flag.
+    """
+    _platform(fake_devices)
+    _xla_flags(xla)
+    _compilation_cache(cache_dir)
+    me = member()
+    if me is not None:
+        _join(me, deadline_s)
+    return _process
+
+
+def place() -> str:
+    """`[process 3/16 host] `, the head of an error message; nothing where there is one process."""
+    return f"[process {_process.index}/{_process.count} {_process.host}] " if _process.count > 1 else ""
+
+
+def barrier(name: str, deadline_s: float) -> None:
+    """Returns when all processes have come here; every process calls it in the same order. Raises RunError at the deadline."""
+    if _process.count == 1:
+        return
+    key = f"barrier/{next(_round)}/{name}"
+    coordination.put(f"{key}/{_process.index}", _process.host)
+    if coordination.wait(key, deadline_s):
+        return
+    came = {int(index) for index in coordination.under(key)}
+    absent = [index for index in range(_process.count) if index not in came]
+    raise RunError(
+        f"{len(absent)} of {_process.count} processes did not come to {name!r}: {few(absent)}.",
+        got=f"{deadline_s:.0f} s waited",
+        rule=f"all processes come to {name!r} before the deadline",
+        fix="look at what the missing processes printed last",
+    )
+
+
+def compare_fingerprints(fields: Mapping[str, str], deadline_s: float) -> None:
+    """Returns when all processes have shown equal fields. Raises the same RunError on all, naming fields and processes."""
+    if _process.count == 1:
+        return
+    key = f"fingerprint/{next(_round)}"
+    coordination.put(f"{key}/{_process.index}", json.dumps([_process.host, dict(fields)]))
+    if _process.lead:
+        coordination.put(f"{key}/verdict", json.dumps(_verdict(key, deadline_s)))
+    answer = coordination.get(f"{key}/verdict", deadline_s + _HEARD_S)
+    if answer is None:
+        raise RunError("Process 0 did not compare the fingerprints.", got=f"{deadline_s + _HEARD_S:.0f} s waited")
+    if json.loads(answer):
+        coordination.wait(f"{key}/heard", _HEARD_S)
+        raise RunError(**json.loads(answer))
+
+
+def code_fingerprint() -> str:
+    """16 hex digits over the sources of jaxtrain, meshes and models and the versions of what they compute with."""
+    digest = hashlib.sha256(json.dumps(_versions(LIBRARIES)).encode())
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for root in map(Path, spec.submodule_search_locations if spec else ()):
+            for path in sorted(root.rglob("*.py")):
+                digest.update(f"{package}/{path.relative_to(root).as_posix()}".encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def environment() -> dict[str, Any]:
+    """What this run runs on, as JSON: command, host, versions, git state, devices, XLA flags. Starts the devices."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "argv": sys.argv,
+        "directory": os.getcwd(),
+        "host": _process.host,
+        "processes": _process.count,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": _versions((*LIBRARIES, "jax-cuda12-plugin", "jax-cuda13-plugin")),
+        "code": code_fingerprint(),
+        "git": _git(),
+        "devices": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "per_process": jax.local_device_count(),
+            "runtime": getattr(device.client, "platform_version", ""),
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compilation_cache": jax.config.jax_compilation_cache_dir,
+    }
+
+
+def _platform(fake_devices: int | None) -> None:
+    import jax
+
+    if fake_devices is None:
+        return
+    if fake_devices < 1:
+        raise RunError(f"--fake-devices {fake_devices} is no number of devices.", rule="at least 1")
+    try:
+        jax.config.update("jax_num_cpu_devices", fake_devices)
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError as error:
+        if jax.default_backend() != "cpu" or jax.local_device_count() != fake_devices:
+            raise RunError(
+                f"{fake_devices} fake devices cannot be made any more.",
+                got=f"{jax.local_device_count()} {jax.default_backend()} devices are in use in this process",
+                rule="devices are chosen before the first use of one",
+                fix="call runtime.start first, or start a new process",
+            ) from error
+
+
+def _xla_flags(flags: XlaFlags) -> None:
+    import jax
+
+    env = dict(os.environ)
+    if jax.config.jax_platforms:
+        env["JAX_PLATFORMS"] = jax.config.jax_platforms
+    add_flags(flags, env)
+    if "XLA_FLAGS" in env:
+        os.environ["XLA_FLAGS"] = env["XLA_FLAGS"]
+
+
+def _compilation_cache(cache_dir: Path | None) -> None:
+    """Compiled programs outlive the process: a 25 s compilation is read back in 0.6 s. A user's own setting stays."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        root = cache_dir or Path(os.environ.get("JAXTRAIN_CACHE_DIR") or Path.home() / ".cache" / "jaxtrain")
+        (root / "xla").mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        print(f"no compilation cache: {error}; set JAXTRAIN_CACHE_DIR to a folder that can be written", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they would put the folder's path into the key
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _join(me: Member, deadline_s: float) -> None:
+    import jax
+
+    global _process
+    _process = Process(index=me.index, count=me.count, host=_process.host)
+    meet(me, _process.host, deadline_s)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            me.coordinator, me.count, me.index, local_device_ids=me.gpus, cluster_detection_method="deactivate"
+        )
+    except RuntimeError as error:
+        raise RunError("jax.distributed did not start.", got=str(error), rule="start comes before any device") from error
+
+
+def _verdict(key: str, deadline_s: float) -> dict[str, str] | None:
+    """None, or what the processes disagree on, as the arguments of a RunError."""
+    answers = [coordination.get(f"{key}/{index}", deadline_s) for index in range(_process.count)]
+    absent = [index for index, answer in enumerate(answers) if answer is None]
+    if absent:
+        return dict(what=f"Processes {few(absent)} showed no fingerprint.", got=f"{deadline_s:.0f} s waited")
+    hosts, shown = zip(*map(json.loads, answers))
+    names = dict.fromkeys(name for fields in shown for name in fields)
+    differing = [name for name in names if len({fields.get(name) for fields in shown}) > 1]
+    if not differing:
+        return None
+    rows = [f"{name}: {_who(hosts, [fields.get(name) for fields in shown])}" for name in differing]
+    return dict(
+        what=f"The processes disagree on {', '.join(differing[:8])}.",
+        got="\n        ".join(rows[:8]),
+        rule="all processes of a run have one config and one code",
+        fix="start all from the same sources, packages, config and overrides",
+    )
+
+
+def _who(hosts: Iterable[str], values: list[str | None]) -> str:
+    """`'a' on 0 (host), 2 (host); 'b' on 1 (host)`."""
+    processes: dict[str | None, list[str]] = {}
+    for index, (host, value) in enumerate(zip(hosts, values)):
+        processes.setdefault(value, []).append(f"{index} ({host})")
+    return "; ".join(f"{_short(value)} on {few(those)}" for value, those in processes.items())
+
+
+def _short(value: str | None, length: int = 60) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    from importlib import metadata
+
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _git() -> dict[str, Any]:
+    """Revision, and which tracked files differ from it; {} outside a repository."""
+    root = Path(__file__).parent.parent
+    try:
+        revision = _run_git(root, "rev-parse", "HEAD").strip()
+        changed = _run_git(root, "status", "--porcelain").splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"revision": revision, "dirty": bool(changed), "changed": [line[3:] for line in changed][:20]}
+
+
+def _run_git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout

@@ -1,0 +1,183 @@
+"""Bringing processes up: devices, the compilation cache, what processes agree on, what is written down about a run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxtrain import runtime
+from jaxtrain.errors import RunError
+
+ROOT = Path(runtime.__file__).parent.parent
+JAX_START_S = 120  # deadline of a subprocess that imports jax, on a busy machine
+
+
+def python(code: str, *args: object, **env: str) -> str:
+    """What a fresh process prints."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    done = subprocess.run(command, env=os.environ | env, cwd=ROOT, capture_output=True, text=True, timeout=JAX_START_S)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+COMPILES = """
+    import sys
+    from pathlib import Path
+    from jaxtrain import runtime
+    runtime.start(fake_devices=3, cache_dir=Path(sys.argv[1]))
+    import jax, jax.numpy as jnp
+    def deep(x):
+        for i in range(60):
+            x = jnp.sin(x @ x + i)
+        return x
+    jax.jit(deep)(jnp.ones((8, 8)))
+    print(jax.default_backend(), jax.device_count())
+"""
+
+
+def test_fake_devices_are_made_and_compiled_programs_outlive_process_and_folder(tmp_path):
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    assert python(COMPILES, first).split() == ["cpu", "3"]
+    programs = sorted(path.name for path in (first / "xla").glob("*-cache"))
+    assert any("deep" in name for name in programs)
+    shutil.move(first, moved)
+    python(COMPILES, moved)
+    assert sorted(path.name for path in (moved / "xla").glob("*-cache")) == programs
+
+
+def test_a_cache_folder_that_cannot_be_made_is_said_and_does_not_stop_the_run(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    runtime._compilation_cache(tmp_path / "file")
+    assert "no compilation cache" in capsys.readouterr().err
+    assert not jax.config.jax_compilation_cache_dir
+
+
+def test_fake_devices_that_come_too_late_are_refused_unless_they_are_there():
+    runtime._platform(jax.device_count())
+    with pytest.raises(RunError, match="3 fake devices cannot be made any more") as error:
+        runtime._platform(3)
+    assert f"{jax.device_count()} cpu devices are in use" in error.value.got
+
+
+def test_one_process_has_no_place_and_agrees_with_itself():
+    assert runtime.place() == ""
+    runtime.barrier("start", deadline_s=0)
+    runtime.compare_fingerprints({"a": "1"}, deadline_s=0)
+
+
+def test_the_code_fingerprint_follows_the_sources(tmp_path, monkeypatch):
+    (tmp_path / "zebra").mkdir()
+    file = tmp_path / "zebra" / "stripes.py"
+    file.write_text("a = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(runtime, "PACKAGES", ("zebra",))
+    first = runtime.code_fingerprint()
+    assert first == runtime.code_fingerprint() and len(first) == 16
+    file.write_text("a = 2\n")
+    second = runtime.code_fingerprint()
+    file.rename(file.with_name("spots.py"))
+    assert len({first, second, runtime.code_fingerprint()}) == 3
+
+
+def test_the_code_fingerprint_follows_the_versions(monkeypatch):
+    first = runtime.code_fingerprint()
+    monkeypatch.setattr(runtime, "_versions", lambda names: {name: "0" for name in names})
+    assert runtime.code_fingerprint() != first
+
+
+def test_the_environment_is_json_and_says_what_the_run_runs_on(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    said = json.loads(json.dumps(runtime.environment()))
+    assert said["versions"]["jax"] == jax.__version__
+    assert said["devices"]["count"] == jax.device_count() and said["devices"]["platform"] == "cpu"
+    assert said["xla_flags"] == "--xla_dump_to=x"
+    assert said["argv"] == sys.argv and said["python"].startswith("3.")
+
+
+def test_a_dirty_checkout_names_its_changed_files(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, timeout=20)
+
+    (tmp_path / "jaxtrain").mkdir()
+    file = tmp_path / "jaxtrain" / "runtime.py"
+    file.touch()
+    monkeypatch.setattr(runtime, "__file__", str(file))
+    assert runtime._git() == {}
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    clean = runtime._git()
+    file.write_text("a = 1\n")
+    dirty = runtime._git()
+    assert (clean["dirty"], clean["changed"]) == (False, [])
+    assert (dirty["dirty"], dirty["changed"]) == (True, ["jaxtrain/runtime.py"])
+    assert len(clean["revision"]) == 40 and clean["revision"] == dirty["revision"]
+
+
+# One launch of two processes answers all that needs two: starting them is what costs.
+TOGETHER = """
+    import json, sys
+    from jaxtrain import runtime
+    from jaxtrain.errors import RunError
+
+    def outcome(call, *args):
+        try:
+            return call(*args)
+        except RunError as error:
+            return str(error)
+
+    me = runtime.start(fake_devices=2)
+    import jax, jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.make_array_from_callback((4,), jax.NamedSharding(mesh, P("x")), lambda i: jnp.arange(4.0)[i])
+    print("RESULT", json.dumps({
+        "place": runtime.place(),
+        "lead": me.lead,
+        "devices": [jax.local_device_count(), jax.device_count()],
+        "sum": float(jax.jit(jnp.sum)(x)),
+        "equal": outcome(runtime.compare_fingerprints, {"a": "1", "b": "2"}, 30),
+        "met": outcome(runtime.barrier, "here", 30),
+        "different": outcome(runtime.compare_fingerprints, {"a": "1", "lr": str(me.index), "code": "x" * 100}, 30),
+        "absent": outcome(runtime.barrier, "there", 0.5) if me.lead else None,
+    }))
+"""
+
+
+@pytest.fixture(scope="module")
+def together():
+    """The results of both processes, lead first."""
+    launcher = "import sys; from jaxtrain.launch.local import launch; sys.exit(launch(sys.argv[1:], 2))"
+    output = python(launcher, sys.executable, "-c", textwrap.dedent(TOGETHER))
+    return [json.loads(line.split("RESULT")[1]) for line in sorted(output.splitlines()) if "RESULT" in line]
+
+
+def test_two_processes_compute_together(together):
+    assert [row["devices"] for row in together] == [[2, 4], [2, 4]]
+    assert [row["sum"] for row in together] == [6.0, 6.0]
+
+
+def test_each_of_two_processes_knows_its_place(together):
+    assert [row["lead"] for row in together] == [True, False]
+    assert [row["place"][:12] for row in together] == ["[process 0/2", "[process 1/2"]
+
+
+def test_equal_fingerprints_and_a_barrier_that_all_reach_pass(together):
+    assert [(row["equal"], row["met"]) for row in together] == [(None, None)] * 2
+
+
+def test_different_fingerprints_are_named_to_all_processes_with_both_values(together):
+    said = together[0]["different"]
+    assert said == together[1]["different"]
+    assert "disagree on lr." in said and "code" not in said.splitlines()[0]
+    assert "'0' on 0 (" in said and "'1' on 1 (" in said
+
+
+def test_a_barrier_that_one_process_misses_names_it_at_the_deadline(together):
+    assert "1 of 2 processes did not come to 'there': 1." in together[0]["absent"]
