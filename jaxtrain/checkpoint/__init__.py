@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from jaxtrain.checkpoint.policy import CheckpointConfig
 
 if TYPE_CHECKING:
-    from jaxtrain.checkpoint.digest import digest
+    from jaxtrain.checkpoint.hashing import digest
+    from jaxtrain.checkpoint.load import restore
     from jaxtrain.checkpoint.manifest import Manifest
-    from jaxtrain.checkpoint.restore import restore
     from jaxtrain.checkpoint.save import Checkpoints
 
-_HOMES = {"Checkpoints": "save", "Manifest": "manifest", "digest": "digest", "restore": "restore"}
+_HOMES = {"Checkpoints": "save", "Manifest": "manifest", "digest": "hashing", "restore": "load"}
 
 __all__ = ["CheckpointConfig", *_HOMES]
 

@@ -1,0 +1,74 @@
+"""Parameters as safetensors files, in the layout that Hugging Face's loaders expect of sharded ones. It renames nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from jaxtrain.checkpoint import files, manifest, verify
+from jaxtrain.checkpoint.manifest import ArrayEntry
+from jaxtrain.errors import CheckpointError
+
+SHARD_BYTES = 5 * 10**9
+
+
+def export(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Writes model.safetensors, or numbered shards with model.safetensors.index.json; returns what it wrote.
+
+    Tensors are named by their path below params, joined by ".", and verified as they are read; one shard is in memory
+    at a time. Raises CheckpointError, DamagedError.
+    """
+    from safetensors.numpy import save_file
+
+    found = manifest.read(folder)
+    entries = {name: entry for name, entry in found.arrays.items() if name.startswith("params/")}
+    if not entries or any(out.glob("model*.safetensors*")):
+        raise CheckpointError(
+            f"nothing to export from {folder}." if not entries else f"{out} holds a model already.",
+            rule="a checkpoint with params, and a folder without model files",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    groups = list(_groups(entries, shard_bytes))
+    paths = [out / _file_name(i, len(groups)) for i in range(len(groups))]
+    for path, names in zip(paths, groups):
+        tensors = {_tensor_name(name): verify.host_array(folder, found, name) for name in names}
+        save_file(tensors, path, metadata={"format": "pt", "step": str(found.step), "digest": found.digest})
+    if len(groups) > 1:
+        paths.append(_write_index(out, entries, dict(zip(paths, groups))))
+    return paths
+
+
+def _groups(entries: dict[str, ArrayEntry], shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    for name in entries:
+        if names and sum(_num_bytes(entries[n]) for n in [*names, name]) > shard_bytes:
+            yield names
+            names = []
+        names.append(name)
+    yield names
+
+
+def _write_index(out: Path, entries: dict[str, ArrayEntry], shards: dict[Path, list[str]]) -> Path:
+    index = {
+        "metadata": {"total_size": sum(map(_num_bytes, entries.values()))},
+        "weight_map": {_tensor_name(name): path.name for path, names in shards.items() for name in names},
+    }
+    path = out / "model.safetensors.index.json"
+    files.write_durably(path, json.dumps(index, indent=1).encode())
+    return path
+
+
+def _file_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05}-of-{count:05}.safetensors"
+
+
+def _tensor_name(name: str) -> str:
+    return name.removeprefix("params/").replace("/", ".")
+
+
+def _num_bytes(entry: ArrayEntry) -> int:
+    return math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize

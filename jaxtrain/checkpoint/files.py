@@ -1,0 +1,87 @@
+"""A checkpoint's files: sizes and checksums, atomic writing, which folders are checkpoints. It reads no array."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+MANIFEST = "manifest.json"
+SAVING = ".saving"  # the suffix of a folder whose checkpoint is not there yet
+DELETING = ".deleting"  # and of one whose checkpoint is not there any more
+
+
+class FileEntry(NamedTuple):
+    """What a file must be: bytes, and CRC-32 as hex. A CRC finds every change of up to 32 neighbouring bits."""
+
+    size: int
+    crc32: str
+
+
+def checksum(path: Path) -> FileEntry:
+    """Reads the whole file: 4-6 GB/s from memory (SHA-256: 1.5, on the loop's time), without holding the GIL."""
+    size = crc = 0
+    buffer = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            size, crc = size + count, zlib.crc32(buffer[:count], crc)
+    return FileEntry(size, f"{crc:08x}")
+
+
+def checksums(folder: Path, paths: Iterable[Path]) -> dict[str, FileEntry]:
+    """By name relative to `folder`."""
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in sorted(paths) if path.is_file()}
+
+
+def difference(path: Path, entry: FileEntry, *, content: bool) -> str | None:
+    """In words how a file differs from its entry, None if it does not. Without `content` only the size is looked at."""
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != entry.size:
+        return f"has {size:,} bytes, written were {entry.size:,}"
+    if content and checksum(path) != entry:
+        return "does not have the bytes that were written (CRC-32)"
+    return None
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Atomic, and on the disk when it returns."""
+    fresh = path.with_name(f"{path.name}.tmp")
+    with open(fresh, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps, ascending, that have a checkpoint: a numbered folder with a manifest."""
+    return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST}") if path.parent.name.isdecimal())
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """What saves and deletions that did not finish have left behind."""
+    unfinished = [path for path in directory.glob("*") if path.suffix in (SAVING, DELETING) and path.stem.isdecimal()]
+    headless = [path for path in directory.glob("*") if path.name.isdecimal() and not (path / MANIFEST).exists()]
+    return sorted(unfinished + headless)
+
+
+def delete(folder: Path) -> None:
+    """Removes a checkpoint; killed in between, it leaves something that is no checkpoint."""
+    doomed = folder.with_name(f"{folder.name}{DELETING}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,201 @@
+"""Checkpoints back to arrays on any mesh, each verified against its hash. It saves and deletes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+import meshes
+from jaxtrain.checkpoint import files, hashing, manifest, peers, storage
+from jaxtrain.checkpoint.background import Deadline, in_background
+from jaxtrain.checkpoint.describe import ARRAYS
+from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest
+from jaxtrain.checkpoint.names import named, nested, renamed
+from jaxtrain.checkpoint.policy import CheckpointConfig
+from jaxtrain.errors import CheckpointError, closest
+
+_SMALL_BYTES = 2**20  # files up to here are read whole before a restore; larger ones hold arrays, checked by their hashes
+_MAX_ROWS = 20
+
+
+def restore(
+    path: str | Path,
+    abstract: Any = None,
+    *,
+    only: str | None = None,
+    mesh: Mesh | None = None,
+    rules: meshes.Rules | None = None,
+) -> Any:
+    """The state of a checkpoint, verified: nested dicts of arrays on this process's first device, unless said otherwise.
+
+    `path`: RUN_DIR, its checkpoints folder or one checkpoint; "@STEP" picks one, else it is the newest. `abstract`: a
+    tree of shapes, dtypes and shardings that the answer takes on. `only`: one branch of the state, "params"; `abstract`
+    is then of the branch or of the whole. `mesh` with `rules`: arrays are placed by the letters they were saved with,
+    and replicated where they have none. Raises CheckpointError (a table of what differs), DamagedError, LayoutError.
+    """
+    folder = locate(path)
+    found = manifest.read(folder)
+    deadline = Deadline(CheckpointConfig().deadline_seconds)
+    branch = f"{only}/" if only else ""
+    entries = _branch(found, branch)
+    if abstract is None:
+        wanted = {name: _shape(entry, _placed(name, entry, mesh, rules)) for name, entry in entries.items()}
+        return nested(_fetch(folder, found, wanted, branch, deadline))
+    abstract = _branch_of(abstract, only)
+    return renamed(abstract, _fetch(folder, found, _matched(folder, entries, abstract), branch, deadline))
+
+
+def restore_whole(folder: Path, abstract: Any, deadline: Deadline) -> tuple[Any, Manifest]:
+    """One checkpoint as a tree like `abstract`, and its manifest."""
+    found = manifest.read(folder)
+    return renamed(abstract, _fetch(folder, found, _matched(folder, found.arrays, abstract), "", deadline)), found
+
+
+def locate(path: str | Path) -> Path:
+    """The folder of one checkpoint. Raises CheckpointError where there is none, naming the steps that there are."""
+    directory, step = _split(path)
+    if step is None and (directory / files.MANIFEST).is_file():
+        return directory
+    directory = folder_of(directory)
+    steps = files.steps(directory)
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(
+            f"no checkpoint {'' if step is None else f'of step {step} '}in {directory}.",
+            got=f"steps {', '.join(map(str, steps))}" if steps else "none",
+            rule=f"a checkpoint is a folder STEP with {files.MANIFEST}, which is written last",
+        )
+    return directory / str(steps[-1] if step is None else step)
+
+
+def folder_of(directory: Path) -> Path:
+    """The folder of checkpoints: RUN_DIR/checkpoints, or the folder itself."""
+    inner = directory / "checkpoints"
+    return (inner if inner.is_dir() else directory).absolute()
+
+
+def damaged_files(folder: Path, found: Manifest, *, up_to: float, part: slice = slice(None)) -> list[str]:
+    """A line for each file, or each of a part of them, that is not as written; contents are read up to a size."""
+    rows = list(found.files.items())[part]
+    seen = ((name, files.difference(folder / name, entry, content=entry.size <= up_to)) for name, entry in rows)
+    return [f"{name} {why}" for name, why in seen if why]
+
+
+def differing(found: Manifest, arrays: Mapping[str, jax.Array]) -> list[str]:
+    """A line for each array whose content is not what was saved."""
+    hashes = {name: hashing.content_hash(x) for name, x in arrays.items()}
+    return [f"{name} does not have the content that was saved" for name, lanes in hashes.items()
+            if hashing.text(lanes) != found.arrays[name].content]  # fmt: skip
+
+
+def _split(path: str | Path) -> tuple[Path, int | None]:
+    """"runs/x@300" -> runs/x, 300."""
+    directory, at, step = str(path).rpartition("@")
+    return (Path(directory), int(step)) if at and step.isdecimal() else (Path(path), None)
+
+
+def _branch(found: Manifest, branch: str) -> dict[str, ArrayEntry]:
+    entries = {name.removeprefix(branch): entry for name, entry in found.arrays.items() if name.startswith(branch)}
+    if not entries:
+        known = {name.split("/")[0] for name in found.arrays}
+        raise CheckpointError(f"the checkpoint has no branch {branch[:-1]!r}.", fix=closest(branch[:-1], known))
+    return entries
+
+
+def _branch_of(abstract: Any, only: str | None) -> Any:
+    """The branch of a whole state (a dataclass or a dict); anything else is taken for the branch itself."""
+    if only is None:
+        return abstract
+    return abstract.get(only, abstract) if isinstance(abstract, dict) else getattr(abstract, only, abstract)
+
+
+def _placed(name: str, entry: ArrayEntry, mesh: Mesh | None, rules: meshes.Rules | None) -> Sharding:
+    if mesh is None or rules is None:
+        assert mesh is rules, "a mesh comes with rules, and rules with a mesh"
+        return _first_device()
+    if not entry.letters:
+        return NamedSharding(mesh, PartitionSpec())
+    meshes.check(mesh, rules.params, entry.letters, entry.shape, name)
+    return meshes.sharding(mesh, entry.letters, rules.params)
+
+
+def _first_device() -> Sharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _shape(entry: ArrayEntry, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype), sharding=sharding)
+
+
+def _matched(folder: Path, entries: Mapping[str, ArrayEntry], abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `abstract` wants, if the checkpoint has just that; else CheckpointError with a table of what differs."""
+    wanted = named(abstract)
+    there = {name: f"{entry.dtype}{list(entry.shape)}" for name, entry in entries.items()}
+    here = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()}
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if names:
+        width = max(map(len, names))
+        rows = [f"{name:<{width}}  {there.get(name, '-'):<20}  {here.get(name, '-')}" for name in names[:_MAX_ROWS]]
+        more = [f"and {len(names) - _MAX_ROWS} more"] if len(names) > _MAX_ROWS else []
+        raise CheckpointError(
+            f"{folder} holds another state than the one to restore: {len(names)} arrays differ.",
+            got="\n        ".join([f"{'array':<{width}}  {'checkpoint':<20}  wanted", *rows, *more]),
+            rule="names, shapes and dtypes are equal; the mesh and the rules may differ",
+            fix="the config that the checkpoint was made with (jaxtrain checkpoint show), or only='params'",
+        )
+    return {name: _shape(entries[name], getattr(leaf, "sharding", None) or _first_device()) for name, leaf in wanted.items()}
+
+
+def _fetch(
+    folder: Path, found: Manifest, wanted: Mapping[str, jax.ShapeDtypeStruct], branch: str, deadline: Deadline
+) -> dict[str, jax.Array]:
+    """The arrays of a branch, read and verified; the processes agree on whether that went well."""
+    arrays: dict[str, jax.Array] = {}
+    shared = not all(shape.sharding.is_fully_addressable for shape in wanted.values())
+    part = slice(jax.process_index(), None, jax.process_count()) if shared else slice(None)
+
+    def read() -> None:
+        _raise_if(damaged_files(folder, found, up_to=_SMALL_BYTES, part=part), folder)
+        arrays.update(_read(folder, {branch + name: shape for name, shape in wanted.items()}, deadline))
+
+    if shared:
+        peers.agree(peers.new_round(), read, lambda _: None, deadline)
+    else:
+        read()
+    _raise_if(differing(found, arrays), folder)
+    return {name.removeprefix(branch): x for name, x in arrays.items()}
+
+
+def _read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], deadline: Deadline) -> dict[str, jax.Array]:
+    try:
+        return in_background(lambda: storage.read(folder / ARRAYS, wanted)).result(deadline.left())
+    except TimeoutError as error:
+        raise CheckpointError(
+            f"{folder} was not read in time.",
+            got=f"{deadline.seconds:.0f} s",
+            rule="a restore ends within checkpoint.deadline_seconds",
+            fix="a faster disk, or a larger checkpoint.deadline_seconds",
+        ) from error
+    except jax.errors.JaxRuntimeError:
+        raise  # the devices' trouble (out of memory), not the checkpoint's
+    except Exception as error:  # for damage, Orbax and TensorStore raise ValueError and bare Exception too
+        raise DamagedError(
+            f"{folder} is damaged.",
+            got=f"its arrays cannot be read: {type(error.__cause__ or error).__name__}",
+            fix=f"jaxtrain checkpoint verify {folder} names the files and arrays",
+        ) from error
+
+
+def _raise_if(damage: list[str], folder: Path) -> None:
+    if damage:
+        more = [f"and {len(damage) - _MAX_ROWS} more"] if len(damage) > _MAX_ROWS else []
+        raise DamagedError(
+            f"{folder} is damaged.",
+            got="\n        ".join([*damage[:_MAX_ROWS], *more]),
+            rule="every byte is as it was written",
+            fix=f"jaxtrain checkpoint verify {folder} reads all of it",
+        )
