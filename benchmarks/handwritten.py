@@ -2,7 +2,7 @@
 
 What a careful engineer would write for one machine: a dict of parameters, one jitted and donated step, causal attention in
 query chunks that skip the masked half, cross-entropy whose backward is formed in its forward, fused q-k-v and gate-up
-projections, AdamW and clipping by hand. One document a row, no mesh, no scan.
+projections (stacked on an axis of their own: side by side in one axis they were 10 % slower), AdamW and clipping by hand. One document a row, no mesh, no scan.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Config:
     batch: int = 8
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    query_chunk: int = 128  # 64: 4 % less work, more calls; 256: 11 % more work
+    query_chunk: int = 64
     loss_chunk: int = 1024
     learning_rate: float = 3e-4
     b1: float = 0.9
@@ -45,7 +45,7 @@ class Config:
 def init(cfg: Config) -> dict:
     """The parameters: normal, standard deviation 1 / sqrt(inputs)."""
     rng = np.random.default_rng(cfg.seed)
-    attended, qkv = cfg.num_heads * cfg.head_dim, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    attended, group = cfg.num_heads * cfg.head_dim, cfg.num_heads // cfg.num_kv_heads
 
     def draw(inputs: int, *shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape) / np.sqrt(inputs), jnp.float32)
@@ -53,10 +53,10 @@ def init(cfg: Config) -> dict:
     def layer() -> dict:
         return dict(
             attn_norm=jnp.ones(cfg.dim),
-            qkv=draw(cfg.dim, cfg.dim, qkv),
+            qkv=draw(cfg.dim, cfg.dim, cfg.num_kv_heads, group + 2, cfg.head_dim),
             o=draw(attended, attended, cfg.dim),
             ffn_norm=jnp.ones(cfg.dim),
-            gate_up=draw(cfg.dim, cfg.dim, 2 * cfg.ffn),
+            gate_up=draw(cfg.dim, cfg.dim, 2, cfg.ffn),
             down=draw(cfg.ffn, cfg.ffn, cfg.dim),
         )
 
@@ -73,40 +73,70 @@ def rms_norm(x, scale, eps):
 
 
 def rotate(x, cos, sin):
-    """x (B, S, heads, H), the two halves of H rotated against each other."""
+    """x (B, S, K, heads, H), the two halves of H rotated against each other."""
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def logits_of(q, k, start, end):
+    """Scaled and masked, (B, K, G, chunk, end), of the queries from `start` to `end` and the keys before `end`."""
+    keep = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+    logits = jnp.einsum("bkgch,bkth->bkgct", q[:, :, :, start:end], k[:, :, :end])
+    return jnp.where(keep[None, None, None], logits * q.shape[-1] ** -0.5, -1e30)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attention(q, k, v, chunk):
-    """q (B, S, N, H), k and v (B, S, K, H); a chunk of queries reads only the keys up to its own end."""
-    B, S, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, S, K, N // K, H) * H**-0.5
-    out = []
-    for start in range(0, S, chunk):
-        end = min(start + chunk, S)
-        logits = jnp.einsum("bckgh,btkh->bkgct", q[:, start:end], k[:, :end])
-        keep = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        p = jax.nn.softmax(jnp.where(keep[None, None, None], logits, -1e30), axis=-1)
-        out.append(jnp.einsum("bkgct,btkh->bckgh", p, v[:, :end]))
-    return jnp.concatenate(out, axis=1).reshape(B, S, N * H)
+    """q (B, K, G, S, H), k and v (B, K, S, H); a chunk of queries reads only the keys up to its own end."""
+    return attention_forward(q, k, v, chunk)[0]
+
+
+def attention_forward(q, k, v, chunk):
+    out, kept = [], []
+    for start in range(0, q.shape[3], chunk):
+        end = min(start + chunk, q.shape[3])
+        logits = logits_of(q, k, start, end)
+        p = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+        total = p.sum(axis=-1, keepdims=True)
+        out.append(jnp.einsum("bkgct,bkth->bkgch", p, v[:, :, :end]) / total)
+        kept.append((p, total))
+    o = jnp.concatenate(out, axis=3)
+    return o, (q, k, v, o, kept)
+
+
+def attention_backward(chunk, residuals, do):
+    """From the kept exponentials; sum(do * o) stands for sum(p * dp)."""
+    q, k, v, o, kept = residuals
+    delta = (do * o).sum(axis=-1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for start, (p, total) in zip(range(0, q.shape[3], chunk), kept, strict=True):
+        end = start + p.shape[3]
+        do_chunk = do[:, :, :, start:end] / total
+        dp = jnp.einsum("bkgch,bkth->bkgct", do_chunk, v[:, :, :end])
+        dlogits = p * (dp - delta[:, :, :, start:end] / total) * q.shape[-1] ** -0.5
+        dq.append(jnp.einsum("bkgct,bkth->bkgch", dlogits, k[:, :, :end]))
+        dk = dk.at[:, :, :end].add(jnp.einsum("bkgct,bkgch->bkth", dlogits, q[:, :, :, start:end]))
+        dv = dv.at[:, :, :end].add(jnp.einsum("bkgct,bkgch->bkth", p, do_chunk))
+    return jnp.concatenate(dq, axis=3), dk, dv
+
+
+attention.defvjp(attention_forward, attention_backward)
 
 
 def block(x, w, cos, sin, cfg: Config):
-    B, S, _ = x.shape
-    N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    qkv = (rms_norm(x, w["attn_norm"], cfg.norm_eps) @ w["qkv"]).reshape(B, S, N + 2 * K, H)
-    q, k, v = rotate(qkv[:, :, :N], cos, sin), rotate(qkv[:, :, N : N + K], cos, sin), qkv[:, :, N + K :]
-    x = x + attention(q, k, v, cfg.query_chunk) @ w["o"]
-    gate, up = jnp.split(rms_norm(x, w["ffn_norm"], cfg.norm_eps) @ w["gate_up"], 2, axis=-1)
-    return x + (jax.nn.silu(gate) * up) @ w["down"]
+    qkv = jnp.einsum("bsd,dkch->bskch", rms_norm(x, w["attn_norm"], cfg.norm_eps), w["qkv"])
+    q, k = rotate(qkv[:, :, :, :-2], cos, sin), rotate(qkv[:, :, :, -2:-1], cos, sin)[:, :, :, 0]
+    heads_first = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), qkv[:, :, :, -1].transpose(0, 2, 1, 3)
+    o = attention(*heads_first, cfg.query_chunk).transpose(0, 3, 1, 2, 4)
+    x = x + o.reshape(*x.shape[:2], -1) @ w["o"]
+    gate_up = jnp.einsum("bsd,dcf->bscf", rms_norm(x, w["ffn_norm"], cfg.norm_eps), w["gate_up"])
+    return x + (jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]) @ w["down"]
 
 
 def hidden(params, tokens, cfg: Config):
     S, half = tokens.shape[1], cfg.head_dim // 2
     angles = jnp.arange(S)[:, None] * (cfg.rope_theta ** (-jnp.arange(half) / half))[None]
-    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    cos, sin = jnp.cos(angles)[None, :, None, None], jnp.sin(angles)[None, :, None, None]
     x = params["embed"][tokens]
     for w in params["layers"]:
         x = block(x, w, cos, sin, cfg)

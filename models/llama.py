@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import meshes
-from meshes import LayoutError, UserError, closest
+from meshes import DEFAULT, LayoutError, Rules, UserError, closest
 from meshes.rules import axes_of
 from models.attention import Attention, Auto
 
@@ -118,17 +117,16 @@ class Config:
         weights -= 0 if self.tied else self.vocab_size * self.dim
         return 6 * weights + 12 * self.num_layers * self.num_heads * self.head_dim * (seq_len + 1) / 2
 
-    def check(self, axes: Mapping[str, int], seq_len: int) -> None:
-        """Raises LayoutError where a size does not divide over mesh axes of these sizes, by the rules in use or DEFAULT."""
-        layout = meshes.current()
-        rules = layout.rules if layout else meshes.DEFAULT
+    def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules = DEFAULT) -> None:
+        """Raises LayoutError where a size does not divide over mesh axes of these sizes under `rules`."""
         sizes = self._sizes() | {"seq_len": seq_len}
-        for mapping, fields in ((rules.params, STORED), (rules.acts, COMPUTED)):
-            split = {field: axes_of(mapping, letter) for field, letter in fields}
-            for field, over in split.items():
-                if sizes[field] % math.prod(axes.get(axis, 1) for axis in over):
-                    together = math.gcd(*(sizes[other] for other in split if split[other] == over))
-                    raise _indivisible(field, sizes[field], {axis: axes.get(axis, 1) for axis in over}, together)
+        for mapping, letters in ((rules.params, STORED), (rules.acts, COMPUTED)):
+            split = {letter: tuple(axis for axis in axes_of(mapping, letter) if axes.get(axis, 1) > 1) for letter in letters}
+            for letter, over in split.items():
+                field, shards = letters[letter], math.prod(axes[axis] for axis in over)
+                if sizes[field] % shards:
+                    together = math.gcd(*(sizes[letters[other]] for other in split if split[other] == over))
+                    raise _indivisible(field, sizes[field], {axis: axes[axis] for axis in over}, together)
 
     def _sizes(self) -> dict[str, int]:
         return {field: getattr(self, field) for field in FIELDS.values()}
@@ -142,8 +140,8 @@ class Config:
 
 
 FIELDS = dict(V="vocab_size", D="dim", L="num_layers", N="num_heads", K="num_kv_heads", H="head_dim", F="ffn")
-STORED = [(field, letter) for letter, field in FIELDS.items()]
-COMPUTED = [*STORED, ("seq_len", "S"), ("seq_len", "R")]
+STORED = FIELDS
+COMPUTED = FIELDS | dict(S="seq_len", R="seq_len")
 
 
 def _indivisible(field: str, size: int, axes: dict[str, int], together: int) -> LayoutError:
