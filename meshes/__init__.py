@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshes.axes import AXES, LETTERS, NAMELESS
 from meshes.errors import LayoutError, UserError, closest
-from meshes.mesh import MeshConfig, describe, make
+from meshes.mesh import MeshConfig, describe, make, product
 from meshes.rules import DEFAULT, DP, FSDP, FSDP_TP, HSDP, PRESETS, TP, TP_SP, ZERO1, Rules
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _PLACE = (
 
 __all__ = [
     "AXES", "DEFAULT", "DP", "FSDP", "FSDP_TP", "HSDP", "LETTERS", "LayoutError", "MeshConfig", "NAMELESS", "PRESETS",
-    "Rules", "TP", "TP_SP", "UserError", "ZERO1", "closest", "describe", "make", *_PLACE,
+    "Rules", "TP", "TP_SP", "UserError", "ZERO1", "closest", "describe", "make", "product", *_PLACE,
 ]  # fmt: skip
 
 

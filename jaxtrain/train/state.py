@@ -38,7 +38,14 @@ class Blueprint:
         letters = nnx.to_pure_dict(jax.tree.map(lambda p: p.letters, self._slots, is_leaf=_is_param))
         self.tx = config.optim.transform(letters)
         shapes = jax.eval_shape(self._init, jax.random.key(0))
-        opt = optax.tree_map_params(self.tx, lambda _, x: x, shapes.opt, letters, transform_non_params=lambda _: "")
+        opt = optax.tree_map_params(
+            self.tx,
+            lambda moment, name: moment if _is_masked(moment) else name,
+            shapes.opt,
+            letters,
+            transform_non_params=lambda x: "_" * x.ndim,
+            is_leaf=_is_masked,
+        )
         self.shapes, self.letters = shapes, State(step="", params=letters, opt=opt)
         self.shardings = meshes.shardings(mesh, self.rules.params, self.letters)
         for (path, shape), name in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(self.letters)):
@@ -71,3 +78,8 @@ class Blueprint:
 
 def _is_param(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
+
+
+def _is_masked(x: Any) -> bool:
+    """Where a part of the optimizer leaves a parameter to another part."""
+    return isinstance(x, optax.MaskedNode)
