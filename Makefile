@@ -52,7 +52,7 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'Python >= 3.11 was not found as python3, python3.13, python3.12 or python3.11; name one: make PYTHON=/path/to/python'; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo '$(PYTHON) cannot make a virtual environment. It lacks venv or ensurepip: install your system'"'"'s python3-venv, or name another: make PYTHON=/path/to/python'; exit 1; }
-	@echo 'installing the locked packages into $(VENV), about 300 MB'
+	@echo 'installing the locked packages into $(VENV), about 1 GB'
 	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
