@@ -203,6 +203,7 @@ def _join(me: Member, deadline_s: float) -> None:
     _process = Process(index=me.index, count=me.count, host=_process.host)
     meet(me, _process.host, deadline_s)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # two programs in flight meet gloo in either order, and hang
     try:
         jax.distributed.initialize(
             me.coordinator, me.count, me.index, local_device_ids=me.gpus, cluster_detection_method="deactivate"

@@ -6,7 +6,7 @@ from models.llama import Config
 
 TINY = RunConfig(
     name="tiny",
-    model=Config(vocab_size=64, dim=16, num_layers=2, num_heads=2, num_kv_heads=2, ffn=32),
+    model=Config(vocab_size=64, dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, ffn=32),
     data=Synthetic(vocab_size=64),
     eval=EvalConfig(data=Synthetic(vocab_size=64, seed=1), max_batches=2),
     steps=10,
