@@ -125,7 +125,7 @@ def check(config: RunConfig) -> RunConfig:
 def check_layout(config: RunConfig, num_devices: int) -> dict[str, int]:
     """The mesh's sizes on this many devices, if batch, sequence and model fit them. Raises ConfigError or LayoutError."""
     sizes = config.mesh.sizes(num_devices)
-    config.model.check(sizes, config.seq_len)
+    config.model.check(sizes, config.seq_len, config.rules)
     rows, columns = (config.rules.shards(letter, sizes) for letter in "BS")
     if config.batch % (rows * config.accumulate):
         raise ConfigError(

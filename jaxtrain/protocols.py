@@ -10,7 +10,10 @@ A batch is a dict of arrays "BS" (global batch, sequence):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
+
+from meshes import Rules
 
 BATCH_FIELDS = ("tokens", "targets", "segments", "positions", "weights")
 
@@ -42,5 +45,5 @@ class ModelConfig(Protocol):
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of forward and backward per token at this length, recomputation not counted, causal attention exact."""
 
-    def check(self, axes: dict[str, int], seq_len: int) -> None:
-        """Raises LayoutError where this model cannot be laid out over mesh axes of these sizes at this length."""
+    def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules) -> None:
+        """Raises LayoutError where this model, at this length, cannot be laid out by `rules` over axes of these sizes."""
