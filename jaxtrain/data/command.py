@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.data.source import HuggingFace, Jsonl, Parquet, Plain, Text, parts
+from jaxtrain.data.source import HuggingFace, Jsonl, Parquet, Source, Text, check_disjoint, parts
 from jaxtrain.errors import ConfigError, closest
 
 
@@ -32,12 +32,17 @@ class OrderOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     vocab_size: int | None = None  # tokens; the model's vocab_size unless given
+    max_bytes: int = 1 << 30  # of text to learn from: a larger corpus is sampled by document
 
 
 def main(argv: list[str]) -> int:
     """jaxtrain data VERB CONFIG [flags] [overrides of the config]"""
     if not argv or argv[0] in ("-h", "--help"):
-        print("\n".join([f"usage: {main.__doc__}", "", *(f"  {verb:<16} {run.__doc__}" for verb, (_, run) in VERBS.items())]))
+        print(
+            "\n".join(
+                [f"usage: {main.__doc__}", "", *(f"  {verb:<16} {run.__doc__}" for verb, (_, run) in VERBS.items())]
+            )
+        )
         return 0
     if argv[0] not in VERBS:
         raise ConfigError(f"jaxtrain data has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
@@ -45,7 +50,9 @@ def main(argv: list[str]) -> int:
     from jaxtrain.config import load
 
     options, run = VERBS[argv[0]]
-    call = parse(f"jaxtrain data {argv[0]}", options, argv[1:], doc=f"jaxtrain data {argv[0]} CONFIG [flags]\n\n{run.__doc__}")
+    call = parse(
+        f"jaxtrain data {argv[0]}", options, argv[1:], doc=f"jaxtrain data {argv[0]} CONFIG [flags]\n\n{run.__doc__}"
+    )
     run(load(call.config, call.overrides), call.options)
     return 0
 
@@ -55,9 +62,11 @@ def prepare(config: Any, options: PrepareOptions) -> None:
     from jaxtrain.data.dataset import tokenizer_of
     from jaxtrain.data.prepare import prepared
 
+    if config.eval:
+        check_disjoint(config.data, config.eval.data)
     for source in _sources(config):
         tokenizer_of(source, config.model.vocab_size)  # raises now what training would raise later
-    for part in _file_parts(config):
+    for part in _file_parts(*_sources(config)):
         folder = prepared(part, _cache(config, options), prepare=True, workers=options.workers)
         print(f"{_summary(folder)}  {part.split:<7}  {', '.join(part.files)}")
 
@@ -67,7 +76,7 @@ def verify(config: Any, options: Options) -> None:
     from jaxtrain.data.prepare import find
     from jaxtrain.data.shards import Shards
 
-    for part in _file_parts(config):
+    for part in _file_parts(*_sources(config)):
         folder = find(part, _cache(config, options))
         print(f"{folder}  {Shards(folder).verify():,} bytes of tokens are as written")
 
@@ -93,15 +102,21 @@ def order(config: Any, options: OrderOptions) -> None:
 def train_tokenizer(config: Any, options: TrainOptions) -> None:
     """Train a byte-level BPE on the training text and write it to the file that the config's tokenizer names."""
     from jaxtrain.data.dataset import source_documents
+    from jaxtrain.data.files import hashed_out
+    from jaxtrain.data.reading import source_files
     from jaxtrain.data.tokenizer import train_bpe
 
     values = [getattr(part, "tokenizer", None) for part in parts(config.data)]
     value = next((value for value in values if isinstance(value, HuggingFace)), None)
     if value is None:
         raise ConfigError(
-            "the config's data has no tokenizer to train.", rule='a source with tokenizer=HuggingFace(file="tokenizer.json")'
+            "the config's data has no tokenizer to train.",
+            rule='a source with tokenizer=HuggingFace(file="tokenizer.json")',
         )
     texts = itertools.chain.from_iterable(source_documents(part) for part in parts(config.data))
+    size = sum(file.size for part in _file_parts(config.data) for file in source_files(part))
+    if size > options.max_bytes:  # hashed with a prefix, as the bare hash decides what is held out
+        texts = (text for text in texts if hashed_out(b"tokenizer" + text, options.max_bytes / size))
     train_bpe(texts, value, options.vocab_size or config.model.vocab_size)
     print(value.file)
 
@@ -118,9 +133,9 @@ def _sources(config: Any) -> list[Any]:
     return [config.data, *([config.eval.data] if config.eval else [])]
 
 
-def _file_parts(config: Any) -> Iterator[Plain]:
+def _file_parts(*sources: Source) -> Iterator[Text | Jsonl | Parquet]:
     """The parts that are prepared; others are read in place."""
-    unique = dict.fromkeys(part for source in _sources(config) for part in parts(source))
+    unique = dict.fromkeys(part for source in sources for part in parts(source))
     return (part for part in unique if isinstance(part, Text | Jsonl | Parquet))
 
 

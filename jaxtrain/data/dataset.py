@@ -1,4 +1,4 @@
-"""Opens a source as a Dataset: the batch of any step, read at random. It keeps no position and places nothing on devices."""
+"""A source as a Dataset: the batch of any step, read at random. It keeps no position and places nothing on devices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def open_dataset(
     shuffle: bool = True,
     prepare: bool = True,
 ) -> Dataset:
-    """The source as a Dataset, tokenised first where that has not been done; with prepare=False another process does it.
+    """The source as a Dataset, tokenised first where that has not been done: by another process with prepare=False.
 
     shuffle=False reads every example once, in the order of the files. Raises ConfigError where the tokenizer makes ids
     that the model lacks, DataError for data that is missing, damaged or too short.
@@ -39,14 +39,18 @@ def open_dataset(
     streams = [_open(part, cache_dir, prepare) for part in parts(source)]
     for part, stream in zip(parts(source), streams, strict=True):
         _check_length(part, stream, seq_len if shuffle else 1)
-    return Dataset(source, streams, tokenizer, seq_len=seq_len, batch=batch, seed=seed, vocab_size=vocab_size, shuffle=shuffle)
+    return Dataset(
+        source, streams, tokenizer, seq_len=seq_len, batch=batch, seed=seed, vocab_size=vocab_size, shuffle=shuffle
+    )
 
 
 def tokenizer_of(source: Source, vocab_size: int | None = None) -> OpenTokenizer | None:
     """The one tokenizer of a source, None where it holds bare ids. Raises ConfigError for several, or too few ids."""
     values = {part.tokenizer for part in parts(source) if getattr(part, "tokenizer", None)}
     if len(values) > 1:
-        raise ConfigError("the sources of a mixture have different tokenizers.", got=", ".join(sorted(map(repr, values))))
+        raise ConfigError(
+            "the sources of a mixture have different tokenizers.", got=", ".join(sorted(map(repr, values)))
+        )
     tokenizer = open_tokenizer(values.pop()) if values else None
     needed = [part.vocab_size for part in parts(source) if isinstance(part, Synthetic)]
     needed += [tokenizer.vocab_size] if tokenizer else []
@@ -197,7 +201,9 @@ class Dataset:
 def source_documents(part: Plain) -> Iterator[bytes]:
     """The raw bytes of one source's documents. Raises DataError where the source holds ids and no text."""
     if isinstance(part, Megatron | Synthetic):
-        raise DataError(f"{type(part).__name__} holds ids and no text.", rule="documents() reads Text, Jsonl or Parquet")
+        raise DataError(
+            f"{type(part).__name__} holds ids and no text.", rule="documents() reads Text, Jsonl or Parquet"
+        )
     for pieces in reading.shards(part):
         for piece in pieces:
             yield from (document.text for document in reading.documents(part, piece))

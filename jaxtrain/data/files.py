@@ -90,7 +90,7 @@ def open_bytes(path: str) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """Zstandard frames, read on; raises EOFError where the last one is cut (the library's own reader just ends there)."""
+    """Zstandard frames, read on. Raises EOFError where the last one is cut: the library's reader just ends."""
 
     def __init__(self, file: BinaryIO):
         self._file = file

@@ -1,4 +1,4 @@
-"""Batches made ahead of the step in a background thread and placed on the mesh. It decides nothing about their content."""
+"""Batches made ahead of the step by a background thread and placed on the mesh. It does not decide what is in them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ class Loader:
             self.close()
             raise RunError(
                 f"no batch came in {self._deadline:g} s.",
-                got="the loader's thread is still reading" if self._thread.is_alive() else "the loader's thread is dead",
+                got="the loader's thread is still reading"
+                if self._thread.is_alive()
+                else "the loader's thread is dead",
                 rule="data arrives faster than the deadline",
                 fix="look at the storage that the shards lie on",
             ) from None

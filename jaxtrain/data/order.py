@@ -1,4 +1,4 @@
-"""Which example is at (seed, step, row): keyed permutations and mixtures as pure functions. It holds no state, reads nothing."""
+"""Which example is at (seed, step, row): keyed permutations and mixtures as pure functions. It reads nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 
 from jaxtrain.errors import ConfigError
 
-ROUNDS = 12  # 4 are enough for large n (Luby and Rackoff 1988); with 8, all 5040 orders of 7 are not quite equally likely
+# 4 are enough for large n (Luby and Rackoff 1988), 6 leave the 5,040 orders of 7 examples visibly unequal.
+ROUNDS = 12
 BLOCK = 4096  # examples over which a mixture's proportions are exact to one example
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, a bijection in which every output bit depends on every input bit (splitmix64, Steele et al. 2014)."""
+    """uint64 -> uint64, a bijection: every output bit depends on every input bit (splitmix64, Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -31,8 +32,8 @@ def key(*numbers: int | np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Where `index` (int64, 0 <= index < n) goes in the permutation of n that its key chooses; keys broadcast.
 
-    A Feistel network over a square side x side >= n (Black and Rogaway 2002, Generalized-Feistel) that is walked until it
-    lands below n: hardly ever twice, as side x side < n + 4 sqrt(n) + 4. An odd side would reach even permutations only.
+    A Feistel network over a square side x side >= n (Black and Rogaway 2002, Generalized-Feistel) that is walked until
+    it lands below n: hardly ever twice, as side x side < n + 4 sqrt(n) + 4. An odd side reaches even permutations only.
     """
     side = np.uint64((math.isqrt(n - 1) + 2) // 2 * 2)
     out = _feistel(index.astype(np.uint64), side, keys := np.broadcast_to(keys, index.shape))
@@ -77,7 +78,7 @@ class Shuffled:
 
 
 class Sequential:
-    """Every example once: the sources one after another. Source -1 is behind the last example. Weights do not matter."""
+    """Every example once: the sources one after another, whatever their weights; -1 is behind the last example."""
 
     def __init__(self, sizes: Sequence[int]):
         self._ends = np.cumsum(sizes)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def pack(windows: np.ndarray, valid: np.ndarray, row: np.ndarray, column: np.ndarray) -> dict[str, np.ndarray]:
-    """windows int32 (rows, S + 1), zero behind the first `valid` of a row; document starts at (row, column >= 1), sorted
+    """windows int32 (rows, S + 1), zero behind a row's first `valid`; document starts (row, column >= 1), sorted
     -> the fields of protocols.BATCH_FIELDS (rows, S): targets are the windows moved by one.
 
     The first token of a document is never a target that counts, its end-of-document token is.

@@ -1,7 +1,8 @@
-"""Tokenises a source into a folder of shards, in parallel and resumable; finds that folder again. It makes no batches."""
+"""Tokenises a source into a folder of shards, in parallel and resumable, and finds it again. It makes no batches."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -44,9 +45,9 @@ def prepared(
 ) -> Path:
     """The finished folder of this source under `cache_dir`: at once where it is there, else made now if `prepare`.
 
-    The folder's name is a hash of the files (names, sizes, mtimes), split, tokenizer and format. With prepare=False, for
-    all processes but the lead one: waits for another to make it. Raises DataError for bad input, RunError where the disk
-    refuses, a worker is killed, or no file appears in the folder for `stall_seconds`.
+    The folder's name is a hash of the files (names, sizes, mtimes), split, tokenizer and format. With prepare=False,
+    for all processes but the lead one: waits for another to make it. Raises DataError for bad input, RunError where
+    the disk refuses, a worker is killed, or nothing is written in the folder for `stall_seconds`.
     """
     folder = find(source, cache_dir)
     if (folder / "index.json").exists():
@@ -66,24 +67,40 @@ def find(source: Source, cache_dir: str | Path) -> Path:
 def _key(source: Source, tokenizer: OpenTokenizer) -> str:
     files = [(f.name, f.size, f.mtime_ns) for f in reading.source_files(source)]
     column = getattr(source, "field", getattr(source, "column", None))
-    facts = [FORMAT, reading.SHARD_BYTES, type(source).__name__, source.split, source.holdout, column, tokenizer.key, files]
+    facts = [
+        FORMAT,
+        reading.SHARD_BYTES,
+        type(source).__name__,
+        source.split,
+        source.holdout,
+        column,
+        tokenizer.key,
+        files,
+    ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
 def _wait(folder: Path, stall_seconds: float) -> None:
     seen, since = None, time.monotonic()
     while not (folder / "index.json").exists():
-        files = sorted(os.listdir(folder)) if folder.is_dir() else None
-        if files != seen:
-            seen, since = files, time.monotonic()
+        if (sizes := _sizes(folder)) != seen:
+            seen, since = sizes, time.monotonic()
         if time.monotonic() - since > stall_seconds:
             raise RunError(
                 f"no process is preparing the data in {folder}.",
-                got=f"no new shard in {stall_seconds:g} s",
+                got=f"nothing written in {stall_seconds:g} s",
                 rule="the lead process prepares data while the others wait; all see one file system",
                 fix="run `jaxtrain data prepare CONFIG` first, on storage that every host sees",
             )
         time.sleep(POLL_SECONDS)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    sizes = {}
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            sizes[path.name] = path.stat().st_size
+    return sizes
 
 
 def _make(source: Source, folder: Path, workers: int) -> None:
@@ -139,9 +156,22 @@ class _progress:
 
     def __init__(self, total: int, done: int):
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("tokenising"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=Console(stderr=True))
         self._total, self._done = total, done
 
@@ -219,7 +249,7 @@ def _not_utf8(source: Source, document: Document, error: UndecodableText) -> Dat
         f"{document.file.path} is not UTF-8 at byte {error.offset}{where}.",
         got=f"byte 0x{error.byte:02x}",
         rule="a tokenizer.json reads UTF-8 text",
-        fix=f"exclude the file, HuggingFace(file={source.tokenizer.file!r}, errors='replace'), or Bytes(), which takes anything",
+        fix=f"exclude the file, HuggingFace(file={source.tokenizer.file!r}, errors='replace'), or Bytes()",
     )
 
 

@@ -17,7 +17,22 @@ from jaxtrain.errors import DataError, closest
 SHARD_BYTES = 64 << 20  # of input, to be one worker's task and what a kill can cost; a compressed file is never cut
 LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".parquet", ".pq")
-NOT_TEXT = (".jsonl", ".ndjson", *TABLES, ".arrow", ".bin", ".idx", ".npy", ".npz", ".pkl", ".zip", ".tar", ".tgz", ".bz2", ".xz")
+NOT_TEXT = (
+    ".jsonl",
+    ".ndjson",
+    *TABLES,
+    ".arrow",
+    ".bin",
+    ".idx",
+    ".npy",
+    ".npz",
+    ".pkl",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".bz2",
+    ".xz",
+)
 
 
 class Piece(NamedTuple):
@@ -62,7 +77,10 @@ def _check_extension(source: Text | Jsonl | Parquet, file: File) -> None:
     known = {Jsonl: LINES, Parquet: TABLES}.get(type(source))
     if dot in known if known else dot not in NOT_TEXT:
         return
-    owner = next((kind for kind, dots in (("Jsonl", LINES), ("Parquet", TABLES), ("Megatron", (".bin", ".idx"))) if dot in dots), "")
+    owner = next(
+        (kind for kind, dots in (("Jsonl", LINES), ("Parquet", TABLES), ("Megatron", (".bin", ".idx"))) if dot in dots),
+        "",
+    )
     raise DataError(
         f"{file.path} is not read by {type(source).__name__}.",
         got=f"extension {dot or 'none'!r}",
@@ -109,7 +127,9 @@ def documents(source: Text | Jsonl | Parquet, piece: Piece) -> Iterator[Document
     by_text = source.holdout and not isinstance(source, Text)  # Text chooses whole files, in source_files
     with _damage(piece.file):
         for document in read(source, piece):
-            if document.text and not (by_text and hashed_out(document.text, source.holdout) != (source.split == "heldout")):
+            if document.text and not (
+                by_text and hashed_out(document.text, source.holdout) != (source.split == "heldout")
+            ):
                 yield document
 
 
@@ -122,7 +142,9 @@ class _damage:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)) or _raised_by(error, "zstandard", "pyarrow", "zstd"):
+        if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)) or _raised_by(
+            error, "zstandard", "pyarrow", "zstd"
+        ):
             raise DataError(
                 f"{self.file.path} is damaged or cut short.",
                 got=f"{type(error).__name__}: {error}",
@@ -199,7 +221,9 @@ def _parquet(source: Parquet, piece: Piece) -> Iterator[Document]:
     for batch in table.iter_batches(1024, row_groups=groups, columns=[source.column], use_threads=False):
         for text in batch.column(0).cast("string" if _is_dictionary(batch.column(0)) else "binary").to_pylist():
             if text is None:
-                raise DataError(f"{piece.file.path}, row {row}: {source.column!r} is null.", rule="every row holds a text")
+                raise DataError(
+                    f"{piece.file.path}, row {row}: {source.column!r} is null.", rule="every row holds a text"
+                )
             yield Document(piece.file, row, text.encode() if isinstance(text, str) else text)
             row += 1
 
@@ -215,9 +239,13 @@ def _check_column(source: Parquet, file: File, schema: Any) -> None:
 
     if source.column not in schema.names:
         raise DataError(
-            f"{file.path} has no column {source.column!r}.", got=", ".join(schema.names), fix=closest(source.column, schema.names)
+            f"{file.path} has no column {source.column!r}.",
+            got=", ".join(schema.names),
+            fix=closest(source.column, schema.names),
         )
     kind = schema.field(source.column).type
     value = kind.value_type if kinds.is_dictionary(kind) else kind
-    if not any(test(value) for test in (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)):
+    if not any(
+        test(value) for test in (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
+    ):
         raise DataError(f"{file.path}: column {source.column!r} holds {kind}.", rule="a column of strings or of binary")

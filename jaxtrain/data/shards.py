@@ -42,7 +42,9 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(scratch, path)
     except OSError as error:
         if not path.exists():  # else another process finished the same folder and swept up
-            raise RunError(f"{path} cannot be written.", got=f"{error}", fix="space or rights there, or --cache-dir") from error
+            raise RunError(
+                f"{path} cannot be written.", got=f"{error}", fix="space or rights there, or --cache-dir"
+            ) from error
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -96,7 +98,10 @@ class Shards(Arrays):
         self._index = read_json(folder / "index.json")
         self._names = [f"{number:05}" for number in range(len(self._index["shards"]))]
         dtype = np.dtype(self._index["dtype"])
-        arrays = [_map(folder / f"{n}.tokens", s["tokens"], dtype) for n, s in zip(self._names, self._index["shards"], strict=True)]
+        arrays = [
+            _map(folder / f"{n}.tokens", s["tokens"], dtype)
+            for n, s in zip(self._names, self._index["shards"], strict=True)
+        ]
         starts = _map(folder / "starts", self._index["documents"], np.dtype("<i8"), self._index["starts_crc32"])
         super().__init__(arrays, starts, folder.name)
         self.num_documents = len(starts)
@@ -120,11 +125,15 @@ class Shards(Arrays):
         raw = memoryview(self._arrays[number].view(np.uint8))[block * BLOCK : (block + 1) * BLOCK]
         if zlib.crc32(raw) != self._crcs[number][block]:
             path = self._folder / f"{self._names[number]}.tokens"
-            raise damaged(path, "is damaged", f"bytes {block * BLOCK} to {block * BLOCK + len(raw)} have another CRC-32 than written")
+            raise damaged(
+                path,
+                "is damaged",
+                f"bytes {block * BLOCK} to {block * BLOCK + len(raw)} have another CRC-32 than written",
+            )
 
     def verify(self) -> int:
         """Checks every byte of every shard, again; -> bytes of tokens checked. Raises DataError."""
-        for number, array in enumerate(self._arrays):
+        for number in range(len(self._arrays)):
             for block in range(len(self._checked[number])):
                 self._check_block(number, block)
             self._documents(number)

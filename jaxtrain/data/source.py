@@ -1,4 +1,4 @@
-"""Where training text comes from and how it becomes ids, as plain values. It reads no file and imports nothing heavy."""
+"""Where text comes from and how it becomes ids, as plain values. It reads no file and imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -43,12 +43,18 @@ class _Files:
         if isinstance(self.files, str) or not self.files:
             raise ConfigError(f"{kind}.files = {self.files!r} is no tuple of globs.", fix='files=("corpus/**/*.txt",)')
         if self.split not in ("train", "heldout"):
-            raise ConfigError(f"{kind}.split = {self.split!r} is unknown.", fix=closest(str(self.split), ("train", "heldout")))
+            raise ConfigError(
+                f"{kind}.split = {self.split!r} is unknown.", fix=closest(str(self.split), ("train", "heldout"))
+            )
         if not 0 <= self.holdout < 1:
-            raise ConfigError(f"{kind}.holdout = {self.holdout} is no fraction.", rule="0 <= holdout < 1", fix="holdout=0.01")
+            raise ConfigError(
+                f"{kind}.holdout = {self.holdout} is no fraction.", rule="0 <= holdout < 1", fix="holdout=0.01"
+            )
         if self.split == "heldout" and not self.holdout:
             raise ConfigError(
-                f"{kind}.split = 'heldout' but nothing is held out.", got="holdout = 0", fix="holdout=0.01 in both splits"
+                f"{kind}.split = 'heldout' but nothing is held out.",
+                got="holdout = 0",
+                fix="holdout=0.01 in both splits",
             )
 
     def heldout(self):
@@ -84,7 +90,9 @@ class Megatron:
 
     def __post_init__(self) -> None:
         if isinstance(self.files, str) or not self.files:
-            raise ConfigError(f"Megatron.files = {self.files!r} is no tuple of prefixes.", fix='files=("data/x_text_document",)')
+            raise ConfigError(
+                f"Megatron.files = {self.files!r} is no tuple of prefixes.", fix='files=("data/x_text_document",)'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +134,25 @@ class Mixture:
                 rule="one weight for each source, at least one source",
             )
         if not all(math.isfinite(w) and w > 0 for w in self.weights):
-            raise ConfigError(f"Mixture.weights = {self.weights} are not all positive.", fix="leave a source of weight 0 out")
+            raise ConfigError(
+                f"Mixture.weights = {self.weights} are not all positive.", fix="leave a source of weight 0 out"
+            )
 
 
 Source = Plain | Mixture
+
+
+def check_disjoint(train: Source, heldout: Source) -> None:
+    """Raises ConfigError where `heldout` reads documents that `train` reads too, although it says split="heldout"."""
+    for seen in (part for part in parts(train) if isinstance(part, _Files) and part.split == "train"):
+        for unseen in (part for part in parts(heldout) if isinstance(part, _Files) and part.split == "heldout"):
+            if seen.files == unseen.files and seen.holdout < unseen.holdout:
+                raise ConfigError(
+                    f"held-out documents of {', '.join(seen.files)} are trained on.",
+                    got=f"holdout = {seen.holdout} in training, {unseen.holdout} in evaluation",
+                    rule="training holds out at least what evaluation reads",
+                    fix=f"holdout={unseen.holdout} in both, or eval data = data.heldout()",
+                )
 
 
 def parts(source: Source) -> tuple[Plain, ...]:

@@ -1,4 +1,4 @@
-"""A corpus as one long row of tokens with document starts: Megatron files and synthetic ids. It does not pack or order."""
+"""A corpus as one row of tokens with document starts: Megatron files and synthetic ids. It does not pack or order."""
 
 from __future__ import annotations
 
@@ -83,27 +83,47 @@ class MegatronStream(Arrays):
 
 
 def _open_megatron(index: File) -> tuple[np.ndarray, np.ndarray]:
-    """-> (tokens, document starts) of one pair. Layout: magic, version u64, dtype u8, sequences u64, documents u64,
-    lengths i32 (sequences), byte offsets i64 (sequences), first sequence of each document and the end i64 (documents)."""
+    """-> (tokens, document starts) of one pair.
+
+    Layout: magic, version u64, dtype u8, sequences u64, documents u64; of each sequence its length i32, then of each
+    its byte offset i64; of each document, and of the end, its first sequence i64.
+    """
     raw = np.fromfile(index.path, np.uint8)
     if raw[:9].tobytes() != MAGIC or len(raw) < 34:
-        raise DataError(f"{index.path} is no Megatron index.", got=f"it begins with {raw[:9].tobytes()!r}", rule=f"{MAGIC!r}")
+        raise DataError(
+            f"{index.path} is no Megatron index.", got=f"it begins with {raw[:9].tobytes()!r}", rule=f"{MAGIC!r}"
+        )
     version, code = int(raw[9:17].view("<u8")[0]), int(raw[17])
     if version != 1 or code not in DTYPES:
         known = ", ".join(f"{c} ({t.name})" for c, t in DTYPES.items())
-        raise DataError(f"{index.path} is of another kind.", got=f"version {version}, dtype {code}", rule=f"version 1, dtype {known}")
+        raise DataError(
+            f"{index.path} is of another kind.",
+            got=f"version {version}, dtype {code}",
+            rule=f"version 1, dtype {known}",
+        )
     sequences, documents = (int(n) for n in raw[18:34].view("<u8"))
     ends = list(accumulate([34, 4 * sequences, 8 * sequences, 8 * documents]))
     if len(raw) < ends[-1]:
-        raise DataError(f"{index.path} is cut short.", got=f"{len(raw)} bytes", rule=f"{ends[-1]} for {sequences} sequences")
+        raise DataError(
+            f"{index.path} is cut short.", got=f"{len(raw)} bytes", rule=f"{ends[-1]} for {sequences} sequences"
+        )
     lengths, offsets, firsts = (
         raw[a:b].view(kind) for a, b, kind in zip(ends[:-1], ends[1:], ("<i4", "<i8", "<i8"), strict=True)
     )
     begins = np.cumsum([0, *lengths], dtype=np.int64)
     if not np.array_equal(offsets, begins[:-1] * DTYPES[code].itemsize):
-        raise DataError(f"{index.path}: its sequences have gaps or another order.", rule="sequences lie end to end in the .bin file")
-    if (lengths < 0).any() or (np.diff(firsts) < 0).any() or firsts[:1].tolist() + firsts[-1:].tolist() != [0, sequences]:
-        raise DataError(f"{index.path} is damaged.", rule="lengths are positive, documents ascend from the first sequence to the last")
+        raise DataError(
+            f"{index.path}: its sequences have gaps or another order.", rule="sequences lie end to end in the .bin file"
+        )
+    if (
+        (lengths < 0).any()
+        or (np.diff(firsts) < 0).any()
+        or firsts[:1].tolist() + firsts[-1:].tolist() != [0, sequences]
+    ):
+        raise DataError(
+            f"{index.path} is damaged.",
+            rule="lengths are positive, documents ascend from the first sequence to the last",
+        )
     return _megatron_tokens(index, int(begins[-1]), DTYPES[code]), begins[firsts]
 
 
@@ -114,7 +134,9 @@ def _megatron_tokens(index: File, count: int, dtype: np.dtype) -> np.ndarray:
     except DataError as error:
         raise DataError(f"{path} is missing.", got=f"{index.path}", rule="a .bin beside each .idx") from error
     if size != count * dtype.itemsize:
-        raise DataError(f"{path} does not fit its index.", got=f"{size} bytes", rule=f"{count * dtype.itemsize} by {index.path}")
+        raise DataError(
+            f"{path} does not fit its index.", got=f"{size} bytes", rule=f"{count * dtype.itemsize} by {index.path}"
+        )
     return map_tokens(path, count, dtype)
 
 

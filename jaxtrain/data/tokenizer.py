@@ -17,8 +17,16 @@ from jaxtrain.errors import ConfigError, DataError, closest
 # token that would span the cut (none in GPT-2's or Llama 3's patterns, where the next line begins with a word) differs.
 LONGEST_TEXT = 1 << 20
 # GPT-4's pattern (tiktoken, cl100k_base), with digits in groups of at most three.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
 )
 
 
@@ -82,7 +90,9 @@ class BpeTokenizer:
         self._errors = value.errors
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.end = _special(self._tokenizer, value)
-        self.key = hashlib.blake2b(content + repr(value.end_of_document + value.errors).encode(), digest_size=16).hexdigest()
+        self.key = hashlib.blake2b(
+            content + repr(value.end_of_document + value.errors).encode(), digest_size=16
+        ).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -182,12 +192,18 @@ def train_bpe(texts: Iterable[bytes], value: HuggingFace, vocab_size: int) -> No
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if Path(value.file).exists():
-        raise ConfigError(f"{value.file} exists.", rule="a tokenizer is not replaced under data made with it", fix="remove it")
+        raise ConfigError(
+            f"{value.file} exists.", rule="a tokenizer is not replaced under data made with it", fix="remove it"
+        )
     if vocab_size < 257:
-        raise ConfigError(f"vocab_size = {vocab_size} is too small.", rule="256 bytes and one special token at the least")
+        raise ConfigError(
+            f"vocab_size = {vocab_size} is too small.", rule="256 bytes and one special token at the least"
+        )
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

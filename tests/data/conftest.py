@@ -8,7 +8,7 @@ import pytest
 from jaxtrain.data.source import HuggingFace
 from jaxtrain.data.tokenizer import train_bpe
 
-WORDS = "the cat sat on a mat; größer 数据 is\n  not  42 'quoted' data\t".split(" ")
+WORDS = ["the", "cat", "sat", "on", "a", "mat;", "größer", "数据", "is\n", "", "not", "42", "'quoted'", "data\t"]
 
 
 def text(seed: int, words: int) -> bytes:

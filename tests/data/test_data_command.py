@@ -20,7 +20,8 @@ text = Text(files=("{files}",), holdout=0.3)
 bpe = dataclasses.replace(text, tokenizer=HuggingFace(file="{folder}/tokenizer.json"))
 text = {name}
 model = dataclasses.replace(TINY.model, vocab_size=384)
-config = dataclasses.replace(TINY, model=model, data=text, eval=EvalConfig(data=text.heldout()), runs_dir="{folder}/runs", batch=4)
+evaluation = EvalConfig(data=text.heldout())
+config = dataclasses.replace(TINY, model=model, data=text, eval=evaluation, runs_dir="{folder}/runs", batch=4)
 """
 
 
@@ -58,9 +59,14 @@ def test_order_prints_the_examples_of_a_step(config, capsys):
 
 
 def test_order_needs_no_jax(config):
-    code = f"import sys; from jaxtrain.data import command; command.main(['order', {config()!r}]); print('jax' in sys.modules)"
+    order = f"from jaxtrain.data import command; command.main(['order', {config()!r}])"
+    code = f"import sys; {order}; print('jax' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -82,6 +88,10 @@ def test_a_tokenizer_is_trained_into_the_file_that_the_config_names(config, tmp_
         run("prepare", config("bpe"))
     run("train-tokenizer", config("bpe"), "--vocab-size", "300")
     assert len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]) == 300
+    with pytest.raises(DataError, match="too small for 300 tokens"):  # a sample of 500 bytes has too few pairs
+        (tmp_path / "tokenizer.json").rename(tmp_path / "kept.json")
+        run("train-tokenizer", config("bpe"), "--vocab-size", "300", "--max-bytes", "500")
+    (tmp_path / "kept.json").rename(tmp_path / "tokenizer.json")
     run("prepare", config("bpe"))
     assert "tokenizer.json" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no tokenizer to train"):
@@ -92,6 +102,13 @@ def test_a_vocabulary_that_is_too_small_is_refused_before_preparing(config, tmp_
     with pytest.raises(ConfigError, match="vocab_size = 100 is smaller"):
         run("prepare", config(), "--model.vocab-size", "100")
     assert not (tmp_path / "runs").exists()
+
+
+def test_evaluating_on_what_is_trained_on_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="are trained on") as caught:
+        run("prepare", config(), "--data.holdout", "0.1")
+    assert "0.1 in training, 0.3 in evaluation" in caught.value.got
+    assert run("prepare", config(), "--data.holdout", "0.4") == 0  # holds out more than evaluation reads
 
 
 def test_an_unknown_verb_is_answered_with_the_closest(capsys):
@@ -106,6 +123,10 @@ def test_configs_and_the_command_import_nothing_heavy(module):
     heavy = ("jax", "numpy", "pyarrow", "tokenizers", "zstandard", "rich", "tyro")
     code = f"import sys, jaxtrain.data.{module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "[]"

@@ -30,7 +30,10 @@ def stream_of(corpus) -> np.ndarray:
 
 
 def windows(batch) -> list[tuple]:
-    return [(*tokens, targets[-1]) for tokens, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True)]
+    return [
+        (*tokens, targets[-1])
+        for tokens, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True)
+    ]
 
 
 def all_rows(data, steps) -> dict[str, np.ndarray]:
@@ -126,11 +129,15 @@ def test_a_mixture_reads_each_source_in_proportion(tmp_path, source, opened):
 def test_a_mixture_read_in_order_is_one_source_after_another(tmp_path, source, opened):
     sources = (source, Synthetic(num_documents=1, document=65))
     data = opened(Mixture(sources=sources, weights=(1, 9)), shuffle=False, batch=1)
-    assert [name.split(":")[0] for step in range(data.num_steps) for name in data.ids(step)] == ["0"] * data._sizes[0] + ["1"] * 2
+    assert [name.split(":")[0] for step in range(data.num_steps) for name in data.ids(step)] == ["0"] * data._sizes[
+        0
+    ] + ["1"] * 2
 
 
 def test_the_position_tells_other_data_apart(tmp_path, source, opened):
-    prints = [opened(s, **o).position(0)["fingerprint"] for s, o in ((source, {}), (source, {}), (source, {"seq_len": 16}))]
+    prints = [
+        opened(s, **o).position(0)["fingerprint"] for s, o in ((source, {}), (source, {}), (source, {"seq_len": 16}))
+    ]
     prints.append(opened(replace(source, exclude=("a/*",))).position(0)["fingerprint"])
     assert prints[0] == prints[1] and len(set(prints)) == 3
 

@@ -18,7 +18,9 @@ def data():
     return open_dataset(Synthetic(num_documents=50), seq_len=16, batch=8, seed=0, vocab_size=256, cache_dir="unused")
 
 
-@pytest.fixture(params=[meshes.MeshConfig(), meshes.MeshConfig(data=2, fsdp=2, tensor=2)], ids=["fsdp 8", "data 2 fsdp 2 tensor 2"])
+@pytest.fixture(
+    params=[meshes.MeshConfig(), meshes.MeshConfig(data=2, fsdp=2, tensor=2)], ids=["fsdp 8", "data 2 fsdp 2 tensor 2"]
+)
 def mesh(request):
     return meshes.make(request.param)
 

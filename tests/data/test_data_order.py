@@ -9,7 +9,7 @@ import pytest
 from jaxtrain.data.order import BLOCK, Sequential, Shuffled, key, permute
 from jaxtrain.errors import ConfigError
 
-# Chi-square of k cells has mean k - 1 and deviation sqrt(2(k - 1)): a fair permutation passes 5 deviations but once in 1e6.
+# Chi-square of k cells has mean k - 1 and deviation sqrt(2(k - 1)): chance exceeds 5 of these less than once in 1e4.
 DEVIATIONS = 5.0
 
 

@@ -109,7 +109,9 @@ def start(tmp_path: Path, source: Text, workers: int) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_kill_keeps_finished_shards_and_the_next_run_ends_with_the_same_bytes(source, tmp_path, small_shards, workers):
+def test_a_kill_keeps_finished_shards_and_the_next_run_ends_with_the_same_bytes(
+    source, tmp_path, small_shards, workers
+):
     for i in range(60):
         (tmp_path / "corpus" / f"more{i}.txt").write_bytes(b"more text " * 300)
     folder = find(source, tmp_path / "killed")

@@ -57,7 +57,9 @@ def test_compressed_text_is_read_like_plain(tmp_path, corpus):
 
 
 def test_zstandard_files_of_several_frames_are_read_to_the_end(tmp_path):
-    (tmp_path / "x.zst").write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two " * 100_000) + zstandard.compress(b"3"))
+    (tmp_path / "x.zst").write_bytes(
+        zstandard.compress(b"one ") + zstandard.compress(b"two " * 100_000) + zstandard.compress(b"3")
+    )
     assert read(Text(files=(str(tmp_path),))) == [b"one " + b"two " * 100_000 + b"3"]
 
 
@@ -75,7 +77,9 @@ def test_empty_documents_are_left_out(tmp_path):
 # JSONL and Parquet
 
 
-@pytest.mark.parametrize(("name", "pack"), [("x.jsonl", bytes), ("x.json.gz", gzip.compress), ("x.ndjson.zst", zstandard.compress)])
+@pytest.mark.parametrize(
+    ("name", "pack"), [("x.jsonl", bytes), ("x.json.gz", gzip.compress), ("x.ndjson.zst", zstandard.compress)]
+)
 def test_jsonl_gives_the_field_of_every_line_however_it_is_packed(tmp_path, name, pack):
     (tmp_path / name).write_bytes(pack(lines(TEXTS, "body") + b"\n"))
     assert read(Jsonl(files=(str(tmp_path),), field="body")) == [t.encode() for t in TEXTS]
@@ -94,7 +98,13 @@ def test_jsonl_cut_into_ranges_loses_and_repeats_nothing(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(
     "kind",
-    [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())],
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+    ],
     ids=str,
 )
 def test_parquet_gives_the_columns_rows_in_order(tmp_path, kind, monkeypatch):
@@ -105,7 +115,9 @@ def test_parquet_gives_the_columns_rows_in_order(tmp_path, kind, monkeypatch):
     source = Parquet(files=(str(tmp_path),), column="body")
     assert read(source) == [t.encode() for t in TEXTS]
     assert len(reading.shards(source)) > 3
-    assert [d.number for ps in reading.shards(source) for p in ps for d in reading.documents(source, p)] == list(range(50))
+    assert [d.number for ps in reading.shards(source) for p in ps for d in reading.documents(source, p)] == list(
+        range(50)
+    )
 
 
 # Held-out documents
@@ -159,13 +171,15 @@ def test_excluding_every_file_is_refused(tmp_path, corpus):
 
 def test_a_split_without_a_file_is_refused(tmp_path):
     (tmp_path / "only.txt").write_bytes(b"x")
-    assert "none of 1 files falls into the heldout split" in refusal(Text(files=(str(tmp_path),), holdout=1e-9).heldout())
+    assert "none of 1 files falls into the heldout split" in refusal(
+        Text(files=(str(tmp_path),), holdout=1e-9).heldout()
+    )
 
 
 @pytest.mark.parametrize(
     ("source", "name", "fix"),
-    [(Text, "x.parquet", "Parquet(...)"), (Text, "x.jsonl.gz", "Jsonl(...)"), (Text, "x.bin", "Megatron(...)"), (Jsonl, "x.csv", "exclude"),
-     (Parquet, "x.parquet.gz", "exclude"), (Jsonl, "noextension", "exclude")],
+    [(Text, "x.parquet", "Parquet(...)"), (Text, "x.jsonl.gz", "Jsonl(...)"), (Text, "x.bin", "Megatron(...)"),
+     (Jsonl, "x.csv", "exclude"), (Parquet, "x.parquet.gz", "exclude"), (Jsonl, "noextension", "exclude")],
 )  # fmt: skip
 def test_an_extension_that_a_source_does_not_read_is_refused_with_the_one_that_does(tmp_path, source, name, fix):
     (tmp_path / name).write_bytes(b"x")
@@ -175,8 +189,8 @@ def test_an_extension_that_a_source_does_not_read_is_refused_with_the_one_that_d
 
 @pytest.mark.parametrize(
     ("line", "what"),
-    [(b"{broken", "is not JSON"), (b'{"text": "\xff"}', "is not JSON"), (b'["a"]', "is not a JSON object"), (b'{"text": 3}', "has no text"),
-     (b"[" * 100_000, "is not JSON"), (b'{"txt": "a"}', "has no field 'text'")],
+    [(b"{broken", "is not JSON"), (b'{"text": "\xff"}', "is not JSON"), (b'["a"]', "is not a JSON object"),
+     (b'{"text": 3}', "has no text"), (b"[" * 100_000, "is not JSON"), (b'{"txt": "a"}', "has no field 'text'")],
 )  # fmt: skip
 def test_a_bad_line_is_refused_by_file_and_number(tmp_path, monkeypatch, line, what):
     monkeypatch.setattr(reading, "SHARD_BYTES", 100)

@@ -47,7 +47,14 @@ def test_the_bytes_of_a_texts_tokens_sum_to_the_texts(bpe):
 
 
 def test_bytes_of_sentencepiece_tokens_are_counted(tmp_path):
-    pieces = [("<unk>", 0.0), ("<|endoftext|>", 0.0), *((f"<0x{i:02X}>", -9.0) for i in range(256)), ("▁the", -1.0), ("▁", -2.0), ("ö", -2.0)]
+    pieces = [
+        ("<unk>", 0.0),
+        ("<|endoftext|>", 0.0),
+        *((f"<0x{i:02X}>", -9.0) for i in range(256)),
+        ("▁the", -1.0),
+        ("▁", -2.0),
+        ("ö", -2.0),
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
