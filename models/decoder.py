@@ -68,12 +68,12 @@ class Decoder(nnx.Module):
 
 def block(cfg: Config, w: dict[str, jax.Array], x_BRD, segments_BS, rope) -> jax.Array:
     """One layer: x_BRD -> x_BRD. The residual stream keeps the layout "BRD"; inside, attention and SwiGLU use "BSD"."""
-    h_BRD = rms_norm(x_BRD, w["attn_norm_LD"], cfg.norm_eps)
+    h_BRD = constrain(rms_norm(x_BRD, w["attn_norm_LD"], cfg.norm_eps), "BRD")
     q_BSNH, k_BSKH, v_BSKH = _qkv(h_BRD, w["q_LDNH"], w["k_LDKH"], w["v_LDKH"])
     q_BSNH, k_BSKH = rotate(q_BSNH, *rope), rotate(k_BSKH, *rope)
     o_BSNH = attend(cfg.attention, q_BSNH, k_BSKH, v_BSKH, segments_BS)
     x_BRD = x_BRD + _out(constrain(o_BSNH, "BSNH"), w["o_LNHD"])
-    h_BRD = rms_norm(x_BRD, w["ffn_norm_LD"], cfg.norm_eps)
+    h_BRD = constrain(rms_norm(x_BRD, w["ffn_norm_LD"], cfg.norm_eps), "BRD")
     return x_BRD + swiglu(h_BRD, w["gate_LDF"], w["up_LDF"], w["down_LFD"])
 
 

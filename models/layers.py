@@ -26,7 +26,7 @@ def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x_BSD, scale_D -> x over its root mean square, scaled; statistics in float32. Zhang & Sennrich 2019, arXiv 1910.07467."""
     x32_BSD = x_BSD.astype(jnp.float32)
     inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
-    return (x32_BSD * inverse_BS1).astype(x_BSD.dtype) * scale_D[None, None]
+    return (x32_BSD * inverse_BS1).astype(x_BSD.dtype) * constrain(scale_D, "D")[None, None]
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
