@@ -80,13 +80,12 @@ class JsonlWriter:
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(keep))
         os.replace(fresh, path)
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "ab", buffering=0)  # a row is one write: whole, or torn at the end of the file
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row).encode() + b"\n")
 
     def flush(self) -> None:
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

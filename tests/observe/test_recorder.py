@@ -43,9 +43,10 @@ def test_rows_reach_every_sink(tmp_path, capsys):
 def test_a_sink_that_cannot_write_ends_the_run_with_the_reason(tmp_path):
     recorder = Recorder((Jsonl(),), tmp_path, first_step=0, steps=10)
     recorder._writers[0]._file.close()
-    recorder._writers[0]._file = open("/dev/full", "w", buffering=1)
+    recorder._writers[0]._file = open("/dev/full", "ab", buffering=0)
     with pytest.raises(RunError, match="cannot write metrics"):
         recorder.write(1, {"train/loss": 1.0})
+    recorder.close()
 
 
 def test_the_clock_counts_steps_between_readings(monkeypatch):
