@@ -69,7 +69,7 @@ def _key(source: Source, tokenizer: OpenTokenizer) -> str:
     column = getattr(source, "field", getattr(source, "column", None))
     facts = [
         FORMAT,
-        reading.SHARD_BYTES,
+        [reading.SMALLEST_SHARD, reading.LARGEST_SHARD, reading.NUM_SHARDS],
         type(source).__name__,
         source.split,
         source.holdout,

@@ -14,7 +14,9 @@ from jaxtrain.data.files import COMPRESSED, File, hashed_out, list_files, open_b
 from jaxtrain.data.source import Jsonl, Parquet, Text
 from jaxtrain.errors import DataError, closest
 
-SHARD_BYTES = 64 << 20  # of input, to be one worker's task and what a kill can cost; a compressed file is never cut
+# A shard is one worker's task, and what a kill can cost: NUM_SHARDS of them share the work evenly, within these sizes of
+# input (2 s to 2 min of a BPE; 40,000 of 256 MiB for 10 TB). A compressed file is never cut.
+SMALLEST_SHARD, LARGEST_SHARD, NUM_SHARDS = 4 << 20, 256 << 20, 256
 LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".parquet", ".pq")
 NOT_TEXT = (
@@ -90,26 +92,28 @@ def _check_extension(source: Text | Jsonl | Parquet, file: File) -> None:
 
 
 def shards(source: Text | Jsonl | Parquet) -> list[list[Piece]]:
-    """The source cut into shards of about SHARD_BYTES: a function of the files alone, so that work can be resumed."""
+    """The source cut into shards: a function of the files alone, so that work can be resumed with any --workers."""
+    files = source_files(source)
+    size = min(max(sum(file.size for file in files) // NUM_SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
     groups: list[list[Piece]] = []
     room = 0
-    for piece in (piece for file in source_files(source) for piece in _pieces(source, file)):
+    for piece in (piece for file in files for piece in _pieces(source, file, size)):
         if room <= 0:
             groups.append([])
-            room = SHARD_BYTES
+            room = size
         groups[-1].append(piece)
         room -= piece.size
     return groups
 
 
-def _pieces(source: Text | Jsonl | Parquet, file: File) -> Iterator[Piece]:
+def _pieces(source: Text | Jsonl | Parquet, file: File, size: int) -> Iterator[Piece]:
     if isinstance(source, Parquet):
         yield from _row_groups(file)
     elif isinstance(source, Text) or file.name.lower().endswith(COMPRESSED):
         yield Piece(file, 0, sys.maxsize, file.size)
     else:
-        for start in range(0, file.size, SHARD_BYTES):
-            stop = min(start + SHARD_BYTES, file.size)
+        for start in range(0, file.size, size):
+            stop = min(start + size, file.size)
             yield Piece(file, start, stop, stop - start)
 
 

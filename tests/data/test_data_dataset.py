@@ -155,7 +155,7 @@ def test_bytes_per_token_cover_the_models_vocabulary(source, opened, bpe):
 
 def test_a_corpus_of_several_shards_is_one_stream(source, corpus, opened, monkeypatch, tmp_path):
     whole = opened(source)
-    monkeypatch.setattr("jaxtrain.data.reading.SHARD_BYTES", 100)
+    monkeypatch.setattr("jaxtrain.data.reading.SMALLEST_SHARD", 100)
     many = opened(source, cache_dir=tmp_path / "many")
     assert len(many._streams[0]._arrays) > 20
     for step in range(whole.num_steps):

@@ -28,7 +28,7 @@ def source(tmp_path, corpus) -> Text:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(reading, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(reading, "SMALLEST_SHARD", 3000)
 
 
 def tokens(folder: Path) -> list[int]:
@@ -95,7 +95,7 @@ def test_several_processes_write_the_same_bytes_as_one(source, tmp_path, small_s
 PREPARE = """
 import sys
 from jaxtrain.data import Text, prepare, prepared, reading
-reading.SHARD_BYTES, prepare.SPAWN_BYTES = 3000, 0
+reading.SMALLEST_SHARD, prepare.SPAWN_BYTES = 3000, 0
 if __name__ == "__main__":
     prepared(Text(files=(sys.argv[1],)), sys.argv[2], prepare=True, workers=int(sys.argv[3]))
 """
@@ -220,7 +220,7 @@ def finished(tmp_path_factory) -> Path:
     for i in range(4):
         (root / f"{i}.txt").write_bytes(bytes([i]) * 500)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "SHARD_BYTES", 1000)
+        patch.setattr(reading, "SMALLEST_SHARD", 1000)
         return prepared(Text(files=(str(root / "*.txt"),)), root, prepare=True)
 
 

@@ -87,7 +87,7 @@ def test_jsonl_gives_the_field_of_every_line_however_it_is_packed(tmp_path, name
 
 @pytest.mark.parametrize("shard_bytes", [1, 7, 64, 1000, 10**6])
 def test_jsonl_cut_into_ranges_loses_and_repeats_nothing(tmp_path, monkeypatch, shard_bytes):
-    monkeypatch.setattr(reading, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(reading, "SMALLEST_SHARD", shard_bytes)
     content = lines(TEXTS[:12])
     (tmp_path / "x.jsonl").write_bytes(content)
     source = Jsonl(files=(str(tmp_path),))
@@ -108,7 +108,7 @@ def test_jsonl_cut_into_ranges_loses_and_repeats_nothing(tmp_path, monkeypatch, 
     ids=str,
 )
 def test_parquet_gives_the_columns_rows_in_order(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(reading, "SHARD_BYTES", 300)
+    monkeypatch.setattr(reading, "SMALLEST_SHARD", 300)
     values = [t.encode() for t in TEXTS] if "binary" in str(kind) else TEXTS
     table = pyarrow.table({"n": list(range(50)), "body": pyarrow.array(values).cast(kind)})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=7)
@@ -193,7 +193,7 @@ def test_an_extension_that_a_source_does_not_read_is_refused_with_the_one_that_d
      (b'{"text": 3}', "has no text"), (b"[" * 100_000, "is not JSON"), (b'{"txt": "a"}', "has no field 'text'")],
 )  # fmt: skip
 def test_a_bad_line_is_refused_by_file_and_number(tmp_path, monkeypatch, line, what):
-    monkeypatch.setattr(reading, "SHARD_BYTES", 100)
+    monkeypatch.setattr(reading, "SMALLEST_SHARD", 100)
     for name, pack in (("x.jsonl", bytes), ("x.jsonl.gz", gzip.compress)):
         (tmp_path / name).write_bytes(pack(lines(TEXTS[:9]) + line + b"\n" + lines(TEXTS[:3])))
         said = refusal(Jsonl(files=(str(tmp_path / name),)))
