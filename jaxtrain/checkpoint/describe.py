@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxtrain.checkpoint import hashing
+from jaxtrain.checkpoint.files import FileEntry
 from jaxtrain.checkpoint.manifest import ArrayEntry, Manifest
 from jaxtrain.errors import CheckpointError
 
@@ -50,10 +50,10 @@ def draft(step: int, arrays: Mapping[str, jax.Array], letters: Mapping[str, str]
     )
 
 
-def with_hashes(manifest: Manifest, hashes: Mapping[str, jax.Array]) -> Manifest:
-    """The draft completed by the arrays' hashes, which are fetched here."""
-    arrays = {name: replace(entry, content=hashing.text(hashes[name])) for name, entry in manifest.arrays.items()}
-    return replace(manifest, arrays=arrays)
+def completed(manifest: Manifest, hashes: Mapping[str, str], files: Mapping[str, FileEntry]) -> Manifest:
+    """The draft with its arrays' content hashes and its files."""
+    arrays = {name: replace(entry, content=hashes[name]) for name, entry in manifest.arrays.items()}
+    return replace(manifest, arrays=arrays, files=dict(sorted(files.items())))
 
 
 def num_bytes(manifest: Manifest) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 import meshes
 from jaxtrain.checkpoint import files, hashing, manifest, peers, storage
@@ -85,11 +85,10 @@ def damaged_files(folder: Path, found: Manifest, *, up_to: float, part: slice = 
     return [f"{name} {why}" for name, why in seen if why]
 
 
-def differing(found: Manifest, arrays: Mapping[str, jax.Array]) -> list[str]:
-    """A line for each array whose content is not what was saved."""
-    hashes = {name: hashing.content_hash(x) for name, x in arrays.items()}
-    return [f"{name} does not have the content that was saved" for name, lanes in hashes.items()
-            if hashing.text(lanes) != found.arrays[name].content]  # fmt: skip
+def differing(found: Manifest, hashes: Mapping[str, list[str]]) -> list[str]:
+    """A line for each array of which a copy does not have the content hash that was saved."""
+    wrong = [name for name, copies in hashes.items() if {*copies} != {found.arrays[name].content}]
+    return [f"{name} does not have the content that was saved" for name in wrong]
 
 
 def _split(path: str | Path) -> tuple[Path, int | None]:
@@ -117,10 +116,9 @@ def _placed(name: str, entry: ArrayEntry, mesh: Mesh | None, rules: meshes.Rules
     if mesh is None or rules is None:
         assert mesh is rules, "a mesh comes with rules, and rules with a mesh"
         return _first_device()
-    if not entry.letters:
-        return NamedSharding(mesh, PartitionSpec())
-    meshes.check(mesh, rules.params, entry.letters, entry.shape, name)
-    return meshes.sharding(mesh, entry.letters, rules.params)
+    if entry.letters:
+        meshes.check(mesh, rules.params, entry.letters, entry.shape, name)
+    return meshes.sharding(mesh, entry.letters or "", rules.params)
 
 
 def _first_device() -> Sharding:
@@ -155,18 +153,18 @@ def _fetch(
 ) -> dict[str, jax.Array]:
     """The arrays of a branch, read and verified; the processes agree on whether that went well."""
     arrays: dict[str, jax.Array] = {}
-    shared = not all(shape.sharding.is_fully_addressable for shape in wanted.values())
+    shared = hashing.is_shared(wanted)
     part = slice(jax.process_index(), None, jax.process_count()) if shared else slice(None)
 
-    def read() -> None:
+    def read() -> hashing.Sums:
         _raise_if(damaged_files(folder, found, up_to=_SMALL_BYTES, part=part), folder)
         arrays.update(_read(folder, {branch + name: shape for name, shape in wanted.items()}, deadline))
+        return hashing.Hashing(arrays).sums()
 
-    if shared:
-        peers.agree(peers.new_round(), read, lambda _: None, deadline)
-    else:
-        read()
-    _raise_if(differing(found, arrays), folder)
+    def judge(parts: list[hashing.Sums]) -> None:
+        _raise_if(differing(found, hashing.total(parts)), folder)
+
+    peers.agree(peers.new_round(), read, judge, deadline) if shared else judge([read()])
     return {name.removeprefix(branch): x for name, x in arrays.items()}
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class _Save:
 
     step: int
     draft: Manifest
-    hashes: Mapping[str, jax.Array]
+    hashing: hashing.Hashing
     key: str
     deadline: Deadline
     copied: threading.Event = field(default_factory=threading.Event)
@@ -67,8 +67,7 @@ class Checkpoints:
         arrays = describe.storable(named(state))
         draft = describe.draft(step, arrays, named(letters) if letters is not None else {}, config, data)
         json.dumps([config, data])  # a TypeError belongs to the caller
-        hashes = {name: hashing.content_hash(x) for name, x in arrays.items()}
-        save = _Save(step, draft, hashes, peers.new_round(), self._deadline())
+        save = _Save(step, draft, hashing.Hashing(arrays), peers.new_round(), self._deadline())
         if on_cpu(arrays):
             arrays = self._buffers.copy(arrays)
             save.copied.set()
@@ -157,7 +156,7 @@ class Checkpoints:
             save.copied.set()
 
     def _write_part(self, save: _Save, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """This process's shards; returns the entries of its files."""
+        """This process's shards; returns the entries of its files and its share of the content hashes."""
         folder = self._saving(save.step) / describe.ARRAYS
         try:
             if peers.is_lead():
@@ -166,19 +165,22 @@ class Checkpoints:
             writes = storage.begin_write(folder, arrays)
             save.copied.set()
             storage.end_write(writes, save.deadline)
-            return files.checksums(folder.parent, storage.written_by(folder, jax.process_index()))
+            written = files.checksums(folder.parent, storage.written_by(folder, jax.process_index()))
+            return {"files": written, "sums": save.hashing.sums()}
         except Exception as error:  # Orbax and TensorStore raise ValueError and bare Exception too
             raise self._failed(save, error) from error
 
     def _commit(self, save: _Save, parts: list[dict[str, Any]]) -> None:
         """By the lead, when all parts are written."""
         folder, final = self._saving(save.step), self.directory / str(save.step)
-        entries = {name: files.FileEntry(*row) for part in parts for name, row in part.items()}
+        entries = {name: files.FileEntry(*row) for part in parts for name, row in part["files"].items()}
         try:
             storage.merge(folder / describe.ARRAYS)
             rest = [path for path in folder.rglob("*") if path.relative_to(folder).as_posix() not in entries]
             entries |= files.checksums(folder, rest)
-            manifest.write(folder, replace(describe.with_hashes(save.draft, save.hashes), files=dict(sorted(entries.items()))))
+            hashes = hashing.total([part["sums"] for part in parts])
+            _warn_of_unequal_copies(save.step, hashes)
+            manifest.write(folder, describe.completed(save.draft, {n: copies[0] for n, copies in hashes.items()}, entries))
             if final.exists():
                 files.delete(final)
             folder.rename(final)
@@ -203,14 +205,27 @@ class Checkpoints:
         return _unwritable(f"the checkpoint of step {save.step} was not saved.", error, self.directory)
 
 
+def _warn_of_unequal_copies(step: int, hashes: Mapping[str, list[str]]) -> None:
+    """Devices that should hold the same bits do not: a failing device, or kernels that are not deterministic."""
+    unequal = [name for name, copies in hashes.items() if len({*copies}) > 1]
+    if unequal:
+        few = ", ".join(unequal[:8]) + (f" and {len(unequal) - 8} more" if len(unequal) > 8 else "")
+        print(f"step {step}: the copies of {few} on different devices differ; the first is saved", file=sys.stderr, flush=True)
+
+
 def _unwritable(what: str, error: Exception, directory: Path) -> CheckpointError:
     full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return CheckpointError(
         what,
-        got=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}" if str(error) else type(error).__name__,
+        got=f"{type(error).__name__}: {_short(str(error))}",
         rule="the disk has room for one checkpoint more than are kept" if full else f"{directory} can be written",
         fix="free space, or a smaller checkpoint.keep_last" if full else "give write permission, or another --runs-dir",
     )
+
+
+def _short(text: str) -> str:
+    """TensorStore puts what the system said at the end of a long line."""
+    return text if len(text) < 300 else f"{text[:80]} ... {text[-200:]}"
 
 
 def _too_slow(save: _Save, directory: Path) -> CheckpointError:

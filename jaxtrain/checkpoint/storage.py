@@ -48,9 +48,8 @@ def merge(folder: Path) -> None:
 
 
 def written_by(folder: Path, process: int) -> Iterator[Path]:
-    """The files that one process wrote before the merge; all that they are not are the lead's."""
-    yield from folder.glob(f"*process_{process}/**/*")
-    yield from folder.glob(f"array_metadatas/process_{process}")
+    """The files that one process wrote before the merge; all others are the lead's."""
+    return folder.glob(f"*process_{process}/**/*")
 
 
 def read(folder: Path, wanted: Shapes) -> dict[str, jax.Array]:
@@ -67,7 +66,14 @@ def read_host(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
+    """Of each shard the first copy is written, whole: it is the one whose hash the manifest has."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
+    )
 
 
 def _read(folder: Path, how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""`jaxtrain checkpoint`: what each verb prints and returns, and files that other libraries read."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxtrain.checkpoint import digest, manifest
+from jaxtrain.checkpoint.command import main
+from jaxtrain.checkpoint.export import export
+from jaxtrain.errors import CheckpointError, ConfigError
+from tests.checkpoint.states import make_state
+
+STATE = {"step": jnp.int32(1), "params": {"w": jnp.arange(6000.0).reshape(2, 3000), "b": jnp.zeros(3, jnp.bfloat16)}}
+
+
+@pytest.fixture
+def run_dir(opened, folder):
+    """Step 1: STATE. Step 2: w[1, 2] is 0.25 more, b is gone, c is new, `step` has another dtype."""
+    checkpoints = opened()
+    params = {"w": STATE["params"]["w"].at[1, 2].add(0.25), "c": jnp.ones(2)}
+    for step, state in ((1, STATE), (2, {"step": jnp.uint32(2), "params": params})):
+        checkpoints.save(step, state, config={"batch": 8}, data={"examples": 64}, letters={"params": {"w": "DF"}})
+    checkpoints.wait()
+    return folder.parent
+
+
+def lines(capsys) -> list[list[str]]:
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_list_shows_every_checkpoint_and_what_is_unfinished(run_dir, folder, capsys):
+    (folder / "3.saving").mkdir()
+    assert main(["list", str(run_dir)]) == 0
+    head, *rows = lines(capsys)
+    assert head == ["step", "GB", "arrays", "digest", "saved"]
+    assert [row[0] for row in rows] == ["1", "2", "unfinished"] and rows[0][3] == digest(STATE)[:16]
+
+
+def test_show_says_what_the_manifest_says(run_dir, capsys):
+    assert main(["show", f"{run_dir}@1"]) == 0
+    shown = lines(capsys)
+    assert ["step", "1"] in shown and ["config", '{"batch":', "8}"] in shown and ["digest", digest(STATE)] in shown
+    content = manifest.read(run_dir / "checkpoints" / "1").arrays["params/w"].content
+    assert ["params/w", "float32", "2x3000", "DF", content] in shown
+
+
+def test_hash_is_the_digest_of_the_state(run_dir, capsys):
+    assert main(["hash", f"{run_dir}@1"]) == 0
+    assert capsys.readouterr().out == f"{digest(STATE)}\n"
+
+
+def test_verify_returns_one_and_names_what_is_damaged(run_dir, folder, capsys):
+    assert main(["verify", str(folder / "1")]) == 0
+    needle = np.asarray(STATE["params"]["w"]).tobytes()
+    path = next(path for path in (folder / "1").rglob("*") if path.is_file() and needle in path.read_bytes())
+    path.write_bytes(path.read_bytes().replace(needle, needle[:-1] + b"\7"))
+    capsys.readouterr()
+    assert main(["verify", f"{run_dir}@1"]) == 1
+    said = capsys.readouterr().out
+    assert path.name in said and "array  params/w does not have the content" in said and "params/b" not in said
+
+
+def test_diff_compares_array_by_array(run_dir, capsys):
+    assert main(["diff", f"{run_dir}@1", f"{run_dir}@1"]) == 0
+    assert ["3", "of", "3", "arrays", "are", "equal"] in lines(capsys)
+    assert main(["diff", f"{run_dir}@1", f"{run_dir}@2"]) == 1
+    rows = {row[0]: " ".join(row[1:]) for row in lines(capsys)}
+    assert rows["params/w"] == "max |a - b| = 0.25" and rows["step"] == "int32[] and uint32[]"
+    assert rows["params/b"].endswith("only in " + rows["params/b"].split()[-1]) and rows["params/b"].endswith("/1")
+    assert rows["params/c"].endswith("/2")
+
+
+def test_exported_parameters_are_read_by_safetensors(run_dir, tmp_path, capsys):
+    assert main(["export", f"{run_dir}@1", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'model.safetensors'}\n"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: str(x.dtype) for name, x in tensors.items()} == {"w": "float32", "b": "bfloat16"}
+    np.testing.assert_array_equal(tensors["w"], STATE["params"]["w"])
+    with pytest.raises(CheckpointError, match="holds a model already"):
+        main(["export", f"{run_dir}@1", "--out", str(tmp_path / "out")])
+
+
+def test_large_exports_are_cut_into_files_with_an_index(saved, folder, tmp_path):
+    saved(1)
+    paths = export(folder / "1", tmp_path, shard_bytes=600)
+    index = json.loads(paths[-1].read_text())
+    tensors = {name: load_file(tmp_path / file)[name] for name, file in index["weight_map"].items()}
+    assert len(paths) == 4 and paths[0].name == "model-00001-of-00003.safetensors"
+    assert set(tensors) == {"embed", "blocks.q", "blocks.up", "blocks.scale", "mask"}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+    np.testing.assert_array_equal(tensors["blocks.q"], make_state(1).params["blocks"]["q"])
+
+
+def test_an_unknown_verb_is_answered_with_the_closest(capsys):
+    with pytest.raises(ConfigError, match="did you mean 'verify'"):
+        main(["verfy"])
+    assert main(["--help"]) == 0 and "verify" in capsys.readouterr().out
