@@ -18,7 +18,7 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns the exit code. 2: the user's input; 1: what the machine did."""
-    from jaxtrain.errors import ConfigError, UserError
+    from jaxtrain.errors import ConfigError, UserError, closest
 
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -26,14 +26,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if argv[0] not in VERBS:
-            from jaxtrain.errors import closest
-
             raise ConfigError(f"jaxtrain has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
         return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     except UserError as error:
         sys.stdout.flush()
         print(f"{_place()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return _left(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        return _left(130)
 
 
 def _usage() -> str:

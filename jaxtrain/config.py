@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from jaxtrain.checkpoint.policy import CheckpointConfig
-from jaxtrain.data.source import Source
+from jaxtrain.data.source import Source, check_disjoint
 from jaxtrain.errors import ConfigError
 from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
@@ -119,6 +119,8 @@ def check(config: RunConfig) -> RunConfig:
             rule="accumulate divides the global batch",
             fix=f"batch = {_round_up(config.batch, config.accumulate)}",
         )
+    if config.eval:
+        check_disjoint(config.data, config.eval.data)
     return config
 
 

@@ -42,7 +42,7 @@ class Sample:
     temperature: float = 0.7
 
     def lines(self, run: Finished) -> list[str]:
-        from jaxtrain.sample import generate
+        from jaxtrain.generate import generate
 
         tokenizer = run.eval_data.tokenizer
         ids = [tokenizer.encode(prompt) for prompt in self.prompts]

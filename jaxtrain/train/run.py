@@ -14,6 +14,7 @@ from jaxtrain import runtime
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import RunConfig, check_layout, encode, flatten
 from jaxtrain.data import Loader
+from jaxtrain.errors import RunError
 from jaxtrain.observe.folder import RunFolder
 from jaxtrain.observe.plot import plot_loss
 from jaxtrain.observe.recorder import Recorder, StepClock
@@ -45,17 +46,21 @@ def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool =
             folder = RunFolder(config, runtime.environment(), accept_changes)
             stack.callback(folder.close)
         runtime.barrier("run folder", deadline_s=300)
-        return _run(config, process, stack)
+        return _run(config, process, stack, accept_changes)
 
 
-def _run(config: RunConfig, process: runtime.Process, stack: ExitStack) -> int:
+def _run(config: RunConfig, process: runtime.Process, stack: ExitStack, accept_changes: bool) -> int:
     mesh = meshes.make(config.mesh)
     blueprint = Blueprint(config, mesh)
     data = open_data(config, config.data, process.lead)
     evaluator = Evaluator(blueprint, process.lead) if config.eval else None
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
     stack.callback(checkpoints.close)
-    state, first_step = _state(blueprint, checkpoints)
+    restored = checkpoints.latest(blueprint.abstract)
+    if restored and not accept_changes:
+        _check_data(config, restored[1].data, data.position(restored[1].step))
+    state = restored[0] if restored else blueprint.init()
+    first_step = int(state.step)
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
     recorder = Recorder(config.sinks if process.lead else (), config.run_dir, first_step, config.steps)
     stack.callback(recorder.close)
@@ -90,11 +95,15 @@ def _run(config: RunConfig, process: runtime.Process, stack: ExitStack) -> int:
     return 0
 
 
-def _state(blueprint: Blueprint, checkpoints: Checkpoints) -> tuple[State, int]:
-    """The newest good checkpoint, or a fresh state."""
-    restored = checkpoints.latest(blueprint.abstract)
-    state = restored[0] if restored else blueprint.init()
-    return state, int(state.step)
+def _check_data(config: RunConfig, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises RunError where the checkpoint's examples are not those that this run would continue with."""
+    if saved["fingerprint"] != now["fingerprint"]:
+        raise RunError(
+            f"{config.run_dir} was trained on other data.",
+            got=f"data fingerprint {saved['fingerprint']} in the checkpoint, {now['fingerprint']} now",
+            rule="a run continues on the same files (names, sizes, times), tokenizer and sequence length",
+            fix="bring the files back, or --accept-changes to continue on the new ones",
+        )
 
 
 def _end(process: runtime.Process, finished: Finished) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -13,7 +14,7 @@ import meshes
 
 
 class StopFlag:
-    """Catches the first SIGINT or SIGTERM; a second one acts as if nobody had caught it: it stops at once."""
+    """Catches the first SIGINT or SIGTERM; a second one ends the process where it stands, with 128 + its number."""
 
     def __init__(self, mesh: Mesh):
         self._sharding = meshes.per_device(mesh)
@@ -33,7 +34,8 @@ class StopFlag:
     def _caught(self, number: int, frame: FrameType | None) -> None:
         print(f"{signal.Signals(number).name}: saving and stopping after this step; again to stop at once", flush=True)
         self._signal = number
-        self.close()
+        for each in self._old:
+            signal.signal(each, lambda number, frame: os._exit(128 + number))
         self._flags = self._array()
 
     def _array(self) -> jax.Array:

@@ -40,7 +40,10 @@ def _start(place, name, *argv, verb=("train",)):
 
 
 def _finish(process):
-    out, _ = process.communicate(timeout=DEADLINE)
+    try:
+        out, _ = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
     return process.returncode, out
 
 
@@ -131,13 +134,16 @@ def test_ctrl_c_saves_and_stops_and_the_same_command_continues(place, undisturbe
 def test_a_second_ctrl_c_stops_at_once(place):
     process = _start(place, "twice", "--steps", "1000000")
     _when_past(place, "twice", process, 10)
-    process.send_signal(signal.SIGSTOP)  # so that both arrive before the loop turns
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    code, _ = _finish(process)
-    assert code != 0
+    for line in process.stdout:
+        if "again to stop at once" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    begin = time.monotonic()
+    code, out = _finish(process)
+    assert code == 128 + signal.SIGINT
+    assert time.monotonic() - begin < 5
+    assert "the same command continues" not in out
 
 
 def test_a_flipped_byte_falls_back_to_the_checkpoint_before_and_says_so(place, undisturbed):
@@ -174,3 +180,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(p
     assert code == 1
     assert "is nan at step" in out or "is inf at step" in out
     assert "the last good checkpoint is step 30" in out
+
+
+def test_a_checkpoint_of_other_data_is_not_continued_unasked(place):
+    assert _finish(_start(place, "other", "--steps", "30"))[0] == 0
+    code, out = _finish(_start(place, "other", "--steps", "40", "--data.seed", "5", "--accept-changes"))
+    assert code == 0, out
+    (place[0] / "runs/other/config.1.json").unlink()
+    (place[0] / "runs/other/config.json").unlink()
+    code, out = _finish(_start(place, "other", "--steps", "50", "--data.seed", "6"))
+    assert code == 1
+    assert "was trained on other data" in out

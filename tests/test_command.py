@@ -1,0 +1,71 @@
+"""The command line: light, lazy, and every mistake gets its message and exit code."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxtrain.__main__ import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+HELP_SECONDS = 1.0
+
+
+def _run(*argv):
+    return subprocess.run([sys.executable, "-m", "jaxtrain", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help_comes_at_once_and_imports_no_jax(argv):
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = _run(*argv)
+        seconds.append(time.perf_counter() - begin)
+        assert done.returncode == 0, done.stderr
+        assert "usage: jaxtrain" in done.stdout
+    assert min(seconds) < HELP_SECONDS
+
+
+def test_the_help_of_a_config_lists_its_fields_in_time():
+    begin = time.perf_counter()
+    done = _run("train", "configs/quickstart.py", "--help")
+    assert time.perf_counter() - begin < 2 * HELP_SECONDS
+    for flag in ("--steps", "--mesh.fsdp", "--optim.peak-lr", "--model.num-layers", "--checkpoint.every"):
+        assert flag in done.stdout
+
+
+def test_an_unknown_command_names_the_closest(capsys):
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_a_user_error_is_a_message_without_a_traceback(capsys):
+    assert main(["train", "configs/quickstart.py", "--stepz", "5"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ConfigError: unknown override --stepz.")
+    assert "did you mean '--steps'" in err
+    assert "Traceback" not in err
+
+
+def test_show_prints_values_sources_and_what_follows(capsys):
+    assert main(["show", "configs/quickstart.py", "--optim.peak-lr", "1e-3"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[-1] for line in out.splitlines() if line.strip()}
+    assert rows["optim.peak_lr"] == "override"
+    assert rows["model.dim"] == "config"
+    assert rows["optim.clip"] == "default"
+    assert "FLOPs per step" in out
+    assert "parameters" in out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads_without_jax_and_in_under_a_second(path):
+    code = "import sys, time; t = time.perf_counter(); from jaxtrain.config import load; load(sys.argv[1]);"
+    code += "print(time.perf_counter() - t, 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, jax_is_there = done.stdout.split()
+    assert float(seconds) < 1.0
+    assert jax_is_there == "False"
