@@ -87,7 +87,7 @@ def verify(options: One) -> int:
     folder = load.locate(options.where)
     lines = damage(folder)
     print("\n".join(lines) or "every file and every array is as it was written")
-    print(f"{folder}  {'damaged' if lines else 'whole'}")
+    print(f"step {folder.name} is {'damaged' if lines else 'whole'}")
     return 1 if lines else 0
 
 

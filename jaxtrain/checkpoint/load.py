@@ -14,7 +14,7 @@ import meshes
 from jaxtrain.checkpoint import files, hashing, manifest, peers, storage
 from jaxtrain.checkpoint.background import Deadline, in_background
 from jaxtrain.checkpoint.describe import ARRAYS
-from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest
+from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest, in_words
 from jaxtrain.checkpoint.names import named, nested, renamed
 from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.errors import CheckpointError, closest
@@ -60,7 +60,7 @@ def locate(path: str | Path) -> Path:
     """The folder of one checkpoint. Raises CheckpointError where there is none, naming the steps that there are."""
     directory, step = _split(path)
     if step is None and (directory / files.MANIFEST).is_file():
-        return directory
+        return directory.absolute()
     directory = folder_of(directory)
     steps = files.steps(directory)
     if not steps or (step is not None and step not in steps):
@@ -183,7 +183,7 @@ def _read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], deadline: De
     except Exception as error:  # for damage, Orbax and TensorStore raise ValueError and bare Exception too
         raise DamagedError(
             f"{folder} is damaged.",
-            got=f"its arrays cannot be read: {type(error.__cause__ or error).__name__}",
+            got=f"its arrays cannot be read: {in_words(error.__cause__ or error)}",
             fix=f"jaxtrain checkpoint verify {folder} names the files and arrays",
         ) from error
 

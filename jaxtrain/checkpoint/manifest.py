@@ -19,6 +19,12 @@ class DamagedError(CheckpointError):
     """A checkpoint whose bytes are not those that were written."""
 
 
+def in_words(error: BaseException) -> str:
+    """Its type and text; of a long text both ends, since TensorStore puts what the system said last."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) < 300 else f'{text[:80]} ... {text[-200:]}'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArrayEntry:
     """One array. `spec`: the mesh axes of each dim where it was saved; `letters`: one letter per dim, if they were given."""

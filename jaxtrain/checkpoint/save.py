@@ -23,7 +23,7 @@ import jax
 
 from jaxtrain.checkpoint import describe, files, hashing, load, manifest, peers, storage
 from jaxtrain.checkpoint.background import Deadline, in_background
-from jaxtrain.checkpoint.manifest import DamagedError, Manifest
+from jaxtrain.checkpoint.manifest import DamagedError, Manifest, in_words
 from jaxtrain.checkpoint.names import named
 from jaxtrain.checkpoint.policy import CheckpointConfig, expired
 from jaxtrain.checkpoint.snapshot import HostBuffers, on_cpu
@@ -217,15 +217,10 @@ def _unwritable(what: str, error: Exception, directory: Path) -> CheckpointError
     full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return CheckpointError(
         what,
-        got=f"{type(error).__name__}: {_short(str(error))}",
+        got=in_words(error),
         rule="the disk has room for one checkpoint more than are kept" if full else f"{directory} can be written",
         fix="free space, or a smaller checkpoint.keep_last" if full else "give write permission, or another --runs-dir",
     )
-
-
-def _short(text: str) -> str:
-    """TensorStore puts what the system said at the end of a long line."""
-    return text if len(text) < 300 else f"{text[:80]} ... {text[-200:]}"
 
 
 def _too_slow(save: _Save, directory: Path) -> CheckpointError:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtrain.checkpoint import hashing, load, manifest, storage
 from jaxtrain.checkpoint.describe import ARRAYS
-from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest
+from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest, in_words
 
 _BLOCK = 2**22  # elements compared at a time
 
@@ -41,7 +41,7 @@ def host_array(folder: Path, found: Manifest, name: str) -> np.ndarray:
     try:
         x = storage.read_host(folder / ARRAYS, [name])[name]
     except Exception as error:  # for damage, Orbax and TensorStore raise ValueError and bare Exception too
-        raise _damaged(folder, f"{name} cannot be read: {type(error.__cause__ or error).__name__}") from error
+        raise _damaged(folder, f"{name} cannot be read: {in_words(error.__cause__ or error)}") from error
     if (x.shape, str(x.dtype)) != (entry.shape, entry.dtype):
         raise _damaged(folder, f"{name} is {x.dtype}{list(x.shape)}, written was {_kind(entry)}")
     if lines := load.differing(found, hashing.total([hashing.Hashing({name: jnp.asarray(x)}).sums()])):

@@ -87,8 +87,10 @@ def test_letters_that_do_not_divide_on_the_new_mesh_are_a_layout_error(saved, fo
         restore(folder, mesh=meshes.make(meshes.MeshConfig()), rules=rules)
 
 
-def test_a_checkpoint_is_found_by_run_folder_step_or_its_own_folder(saved, folder):
+def test_a_checkpoint_is_found_by_run_folder_step_or_its_own_folder(saved, folder, monkeypatch):
     saved(1, 2)
+    monkeypatch.chdir(folder.parent.parent)
+    folder = folder.relative_to(folder.parent.parent)
     where = [folder.parent, f"{folder.parent}@1", folder, f"{folder}@1", folder / "1"]
     assert [int(restore(path)["step"]) for path in where] == [2, 1, 2, 1, 1]
 

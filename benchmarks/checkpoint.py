@@ -1,0 +1,185 @@
+"""What a save costs the loop around it, and the host's memory; what a restore takes. On the CPU, whose cores both want.
+
+    python -m benchmarks.checkpoint [--megabytes N] [--rounds N] [--rest SECONDS] [--folder DIR] [--out FILE.json]
+
+Each round rests (undisturbed steps: memory and disk cool down as between real saves), saves with no step beside it,
+rests, and saves beside steps that donate their state. `lost` is the time from the call to the commit that did not
+go into steps at their undisturbed pace: the call itself and every slower step. Ratios are within a round; medians over
+rounds. Memory is the process's resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
+
+LAYERS, DIM = 8, 1024
+NOTE = dict(config={}, data={})
+NAMES = {
+    "step": "undisturbed step, s",
+    "sync": "save with nothing beside it, s",
+    "blocked": "save beside steps: the call, s",
+    "lost": "save beside steps: all that the loop lost, s",
+    "ratio": "lost / save with nothing beside it",
+}
+Step = Callable[[Any], Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rest", type=float, default=5.0)
+    parser.add_argument("--folder", default=None)
+    parser.add_argument("--out", default="")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rounds, rows = measure(Path(folder), options)
+    for name, value in rows.items():
+        print(f"{name:<52}{value:>8.2f}")
+    if options.out:
+        Path(options.out).write_text(json.dumps(facts() | {"rows": rows, "rounds": rounds}, indent=1))
+    return 0
+
+
+def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, float]], dict[str, float]]:
+    state, step = training(options.megabytes)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1))
+    with peak() as steps_alone:
+        _, state = steps_for(options.rest, step, state)
+    before = settled()
+    with peak() as first:
+        save_alone(checkpoints, 0, state)  # compiles the hash and makes the copy's memory: not timed
+    rounds, highest = [], 0.0
+    for number in range(1, options.rounds + 1):
+        _, state = steps_for(options.rest, step, state)
+        sync = save_alone(checkpoints, 2 * number, state)
+        pace, state = steps_for(options.rest, step, state)
+        with peak() as beside:
+            blocked, elapsed, count, state = save_beside(checkpoints, 2 * number + 1, step, state)
+        after, state = steps_for(options.rest, step, state)
+        pace, highest = (pace + after) / 2, max(highest, beside[0])
+        lost = elapsed - count * pace
+        rounds.append({"step": pace, "sync": sync, "blocked": blocked, "lost": lost, "steps": count, "ratio": lost / sync})
+        print("  ".join(f"{name} {value:.3f}" for name, value in rounds[-1].items()), flush=True)
+    rows = {"state, MB": size / 1e6}
+    rows |= {text: statistics.median(r[name] for r in rounds) for name, text in NAMES.items()}
+    rows["first save, no steps beside it: memory added / state"] = (first[0] - before) / size
+    rows["saves beside steps: memory added / state, at most"] = (highest - steps_alone[0]) / size
+    return rounds, rows | restore_rows(checkpoints, state, size)
+
+
+def training(megabytes: int) -> tuple[Any, Step]:
+    """A state of parameters and AdamW moments of this size in all, and a step that donates it."""
+    width = max(1, round(megabytes * 1e6 / 12 / (2 * LAYERS * DIM)))
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"up": jax.random.normal(keys[0], (LAYERS, DIM, width)), "down": jax.random.normal(keys[1], (LAYERS, width, DIM))}
+    tx, x_BD = optax.adamw(1e-3), jax.random.normal(keys[2], (8, DIM))
+
+    def layer(h_BD: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        return h_BD + 0.01 * jax.nn.relu(h_BD @ weights["up"]) @ weights["down"], None
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.mean(jax.lax.scan(layer, x_BD, params)[0] ** 2)
+
+    def step(state: Any) -> Any:
+        updates, opt = tx.update(jax.grad(loss)(state["params"]), state["opt"], state["params"])
+        return {"step": state["step"] + 1, "params": optax.apply_updates(state["params"], updates), "opt": opt}
+
+    return {"step": jnp.int32(0), "params": params, "opt": tx.init(params)}, jax.jit(step, donate_argnums=0)
+
+
+def steps_for(seconds: float, step: Step, state: Any) -> tuple[float, Any]:
+    """Mean seconds per step, and the state after them."""
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        state, count = jax.block_until_ready(step(state)), count + 1
+    return (time.perf_counter() - begun) / count, state
+
+
+def save_alone(checkpoints: Checkpoints, number: int, state: Any) -> float:
+    begun = time.perf_counter()
+    checkpoints.save(number, state, **NOTE)
+    checkpoints.wait()
+    return time.perf_counter() - begun
+
+
+def save_beside(checkpoints: Checkpoints, number: int, step: Step, state: Any) -> tuple[float, float, int, Any]:
+    """Seconds that the call took, seconds and steps until the commit, the state after them."""
+    begun, count = time.perf_counter(), 0
+    checkpoints.save(number, state, **NOTE)
+    blocked = time.perf_counter() - begun
+    while checkpoints.newest() != number:
+        state, count = jax.block_until_ready(step(state)), count + 1
+        checkpoints.check()
+    return blocked, time.perf_counter() - begun, count, state
+
+
+def restore_rows(checkpoints: Checkpoints, state: Any, size: int) -> dict[str, float]:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    checkpoints.close()
+    jax.tree.map(lambda x: x.delete(), state)
+    before, begun = settled(), time.perf_counter()
+    with peak() as highest:
+        restored = checkpoints.latest(shapes)
+    assert restored
+    return {"restore, verified, s": time.perf_counter() - begun, "restore: memory / state": (highest[0] - before) / size}
+
+
+@contextmanager
+def peak() -> Iterator[list[float]]:
+    """[bytes]: the largest resident set within the block, looked at every 5 ms."""
+    highest, stop = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            highest[0] = max(highest[0], resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        stop.set()
+        thread.join()
+
+
+def settled() -> int:
+    """The resident set once the last step's memory is given back, half a second after it."""
+    time.sleep(0.5)
+    return resident()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def facts() -> dict[str, Any]:
+    names = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy")
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    machine = {"system": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    return {"command": ["python", "-m", "benchmarks.checkpoint", *sys.argv[1:]], "machine": machine, "versions": versions}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
