@@ -27,12 +27,13 @@ _NAME = re.compile(rb"xla_[a-z0-9_]+(?=\0)")
 class XlaFlags:
     """Flags "name=value" added to XLA_FLAGS where the devices are GPUs; what XLA_FLAGS already sets stays as it is.
 
-    The default is what NVIDIA's JAX images set, and no more: the latency-hiding scheduler, off in XLA itself, moves
-    collectives so that matmuls hide them. Pipelined collectives, double-buffered loops and combine thresholds trade memory
-    for overlap and are often slower: set them where a measurement of your run says so.
+    None by default. The latency-hiding scheduler, which lists of recommended flags begin with, is on by itself: with the
+    flag a step of two layers for 8 H200 compiles to the same bytes as without (jax 0.10.2 and 0.12.0.1, no GPU there). Of
+    the 21 collectives of a scanned step, 5 stand over a matmul; pipelined all-gathers make that 4 of 25, double-buffered
+    loops besides 9 of 41, combining up to 1 GB 3 of 16. Which is faster only a measurement of your own run says.
     """
 
-    gpu: tuple[str, ...] = ("xla_gpu_enable_latency_hiding_scheduler=true",)
+    gpu: tuple[str, ...] = ()
 
 
 def add_flags(flags: XlaFlags, env: MutableMapping[str, str] = os.environ) -> None:

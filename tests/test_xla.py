@@ -16,7 +16,10 @@ GPU = {"JAX_PLATFORMS": "cuda"}
 SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler"
 
 
-def flags_after(flags=XlaFlags(), **env):
+ONE = XlaFlags(gpu=(f"{SCHEDULER[2:]}=true",))
+
+
+def flags_after(flags=ONE, **env):
     add_flags(flags, env)
     return env.get("XLA_FLAGS")
 
@@ -33,9 +36,13 @@ def known():
     return known_flags(libraries()[0])
 
 
-def test_the_default_turns_on_the_latency_hiding_scheduler_on_gpus_and_nothing_on_cpus():
+def test_gpu_flags_are_set_on_gpus_alone():
     assert flags_after(**GPU) == f"{SCHEDULER}=true"
     assert flags_after(JAX_PLATFORMS="cpu") is None
+
+
+def test_the_default_sets_nothing():
+    assert flags_after(XlaFlags(), **GPU) is None
 
 
 def test_what_the_user_set_comes_first_and_is_not_set_again():
