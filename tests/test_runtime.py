@@ -65,6 +65,18 @@ def test_fake_devices_that_come_too_late_are_refused_unless_they_are_there():
     assert f"{jax.device_count()} cpu devices are in use" in error.value.got
 
 
+@pytest.mark.parametrize("gpu, given, taken", [(True, None, "0.9"), (True, "0.5", "0.5"), (False, None, None)])
+def test_a_gpus_memory_is_taken_but_for_a_tenth_unless_the_user_says_otherwise(monkeypatch, gpu, given, taken):
+    for name in ("XLA_FLAGS", *runtime.MEMORY):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv(runtime.MEMORY[1], given)
+    monkeypatch.setattr(runtime, "on_gpu", lambda env: gpu)
+    runtime._xla(runtime.XlaFlags())
+    assert next((os.environ[name] for name in runtime.MEMORY if name in os.environ), None) == taken
+
+
 def test_one_process_has_no_place_and_agrees_with_itself():
     assert runtime.place() == ""
     runtime.barrier("start", deadline_s=0)
