@@ -18,6 +18,11 @@ def get(key: str, deadline_s: float) -> str | None:
     return _or_none(lambda client, ms: client.blocking_key_value_get(key, ms), deadline_s)
 
 
+def delete(key: str) -> None:
+    """Takes back what was published, once all who want it have it: the store lives as long as the job."""
+    _client().key_value_delete(key)
+
+
 def under(prefix: str) -> dict[str, str]:
     """All that is published so far below `prefix` and a slash."""
     return {key.removeprefix(f"{prefix}/"): value for key, value in _client().key_value_dir_get(f"{prefix}/")}

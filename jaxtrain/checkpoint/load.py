@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +38,22 @@ def restore(
     is then of the branch or of the whole. `mesh` with `rules`: arrays are placed by the letters they were saved with,
     and replicated where they have none. Raises CheckpointError (a table of what differs), DamagedError, LayoutError.
     """
-    folder = locate(path)
-    found = manifest.read(folder)
-    deadline = Deadline(CheckpointConfig().deadline_seconds)
+    folder, deadline = locate(path), Deadline(CheckpointConfig().deadline_seconds)
+    shared = _spans_processes(abstract, mesh)
+    found = _manifest(folder, shared, deadline)
     branch = f"{only}/" if only else ""
     entries = _branch(found, branch)
     if abstract is None:
         wanted = {name: _shape(entry, _placed(name, entry, mesh, rules)) for name, entry in entries.items()}
-        return nested(_fetch(folder, found, wanted, branch, deadline))
+        return nested(_fetch(folder, found, wanted, branch, shared, deadline))
     abstract = _branch_of(abstract, only)
-    return renamed(abstract, _fetch(folder, found, _matched(folder, entries, abstract), branch, deadline))
+    return renamed(abstract, _fetch(folder, found, _matched(folder, entries, abstract), branch, shared, deadline))
 
 
 def restore_whole(folder: Path, abstract: Any, deadline: Deadline) -> tuple[Any, Manifest]:
-    """One checkpoint as a tree like `abstract`, and its manifest."""
-    found = manifest.read(folder)
-    return renamed(abstract, _fetch(folder, found, _matched(folder, found.arrays, abstract), "", deadline)), found
+    """One checkpoint as a tree like `abstract`, and its manifest; every process of the job calls it."""
+    found = _manifest(folder, True, deadline)
+    return renamed(abstract, _fetch(folder, found, _matched(folder, found.arrays, abstract), "", True, deadline)), found
 
 
 def locate(path: str | Path) -> Path:
@@ -148,12 +148,31 @@ def _matched(folder: Path, entries: Mapping[str, ArrayEntry], abstract: Any) -> 
     return {name: _shape(entries[name], getattr(leaf, "sharding", None) or _first_device()) for name, leaf in wanted.items()}
 
 
+def _spans_processes(abstract: Any, mesh: Mesh | None) -> bool:
+    """Whether the arrays to make lie on devices of several processes, which then restore together."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(abstract)]
+    devices = {device for sharding in shardings if sharding for device in sharding.device_set}
+    devices |= set() if mesh is None else set(mesh.devices.flat)
+    return any(device.process_index != jax.process_index() for device in devices)
+
+
+def _manifest(folder: Path, shared: bool, deadline: Deadline) -> Manifest:
+    """Read by every process; one that cannot makes it an error on all."""
+    found: list[Manifest] = []
+    _together(shared, lambda: found.append(manifest.read(folder)), lambda _: None, deadline)
+    return found[0]
+
+
 def _fetch(
-    folder: Path, found: Manifest, wanted: Mapping[str, jax.ShapeDtypeStruct], branch: str, deadline: Deadline
+    folder: Path,
+    found: Manifest,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    branch: str,
+    shared: bool,
+    deadline: Deadline,
 ) -> dict[str, jax.Array]:
-    """The arrays of a branch, read and verified; the processes agree on whether that went well."""
+    """The arrays of a branch, read and verified."""
     arrays: dict[str, jax.Array] = {}
-    shared = hashing.is_shared(wanted)
     part = slice(jax.process_index(), None, jax.process_count()) if shared else slice(None)
 
     def read() -> hashing.Sums:
@@ -164,8 +183,16 @@ def _fetch(
     def judge(parts: list[hashing.Sums]) -> None:
         _raise_if(differing(found, hashing.total(parts)), folder)
 
-    peers.agree(peers.new_round(), read, judge, deadline) if shared else judge([read()])
+    _together(shared, read, judge, deadline)
     return {name.removeprefix(branch): x for name, x in arrays.items()}
+
+
+def _together(shared: bool, report: Callable[[], Any], decide: Callable[[list[Any]], None], deadline: Deadline) -> None:
+    """`peers.agree` where the arrays are of several processes."""
+    if shared:
+        peers.agree(peers.new_round(), report, decide, deadline)
+    else:
+        decide([report()])
 
 
 def _read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], deadline: Deadline) -> dict[str, jax.Array]:

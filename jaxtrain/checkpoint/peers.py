@@ -34,14 +34,16 @@ def agree(key: str, report: Callable[[], Any], decide: Callable[[list[Any]], Any
 
     A UserError in any report, or in deciding, is raised on every process. So is a process's silence at the deadline.
     """
-    mine = _outcome(report)
     if jax.process_count() == 1:
-        return _opened(_outcome(lambda: decide([_opened(mine)])))
-    coordination.put(f"{key}/{jax.process_index()}", json.dumps(mine))
+        return decide([report()])
+    report_key = f"{key}/{jax.process_index()}"
+    coordination.put(report_key, json.dumps(_outcome(report)))
     if is_lead():
         verdict = _outcome(lambda: decide([_opened(_heard(key, i, deadline)) for i in range(jax.process_count())]))
         coordination.put(f"{key}/verdict", json.dumps(verdict))
-    return _opened(_heard(key, "verdict", deadline, _GRACE_SECONDS))
+    verdict = _heard(key, "verdict", deadline, _GRACE_SECONDS)
+    coordination.delete(report_key)  # read by now
+    return _opened(verdict)
 
 
 def _heard(key: str, who: int | str, deadline: Deadline, grace: float = 0.0) -> dict[str, Any]:

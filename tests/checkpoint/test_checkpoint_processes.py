@@ -29,7 +29,7 @@ address, process, folder, answer = sys.argv[1], int(sys.argv[2]), sys.argv[3], s
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(address, num_processes=2, process_id=process)
 import meshes
-from jaxtrain.checkpoint import CheckpointConfig, Checkpoints, digest, storage
+from jaxtrain.checkpoint import CheckpointConfig, Checkpoints, digest, manifest, storage
 from jaxtrain.errors import CheckpointError
 from tests.checkpoint.states import abstract, letters, make_state, placed
 
@@ -55,13 +55,24 @@ try:
     checkpoints.wait()
 except CheckpointError as error:
     said["failed save"] = str(error)
-if process == 1:  # its disk shows it another array than was saved
-    read, storage.end_write = storage.read, end
+storage.end_write, read_manifest, read = end, manifest.read, storage.read
+
+def damaged(folder):
+    raise manifest.DamagedError("process 1 reads a damaged manifest")
+
+def restore_fails():
+    try:
+        checkpoints.latest(halves)
+    except CheckpointError as error:
+        return str(error)
+
+if process == 1:
+    manifest.read = damaged
+said["manifest damaged on 1"] = restore_fails()
+manifest.read = read_manifest
+if process == 1:  # its disk shows it another array than was saved, and it holds second copies only
     storage.read = lambda *args: {name: x + 1 if name == "params/embed" else x for name, x in read(*args).items()}
-try:
-    checkpoints.latest(halves)
-except CheckpointError as error:
-    said["failed restore"] = str(error)
+said["array damaged on 1"] = restore_fails()
 said["steps"] = checkpoints.steps()
 Path(answer).write_text(json.dumps(said))
 checkpoints.close()
@@ -119,6 +130,7 @@ def test_a_save_that_fails_on_one_process_fails_on_both_and_leaves_nothing(toget
     assert [each["steps"] for each in said] == [[1], [1]] and [path.name for path in (base / "checkpoints").iterdir()] == ["1"]
 
 
-def test_an_array_that_one_process_reads_wrong_is_refused_by_both(together):
-    said = [each["failed restore"] for each in together[1]]
+@pytest.mark.parametrize("damage", ["manifest damaged on 1", "array damaged on 1"])
+def test_what_one_process_reads_wrong_is_refused_by_both(together, damage):
+    said = [each[damage] for each in together[1]]
     assert said[0] == said[1] and "none of the checkpoints" in said[0]
