@@ -1,1 +1,1 @@
-"""Architectures: single-device maths plus `meshes.constrain`. One file per architecture holds its Config and its named sizes."""
+"""Architectures: single-device maths plus `meshes.constrain`. One architecture is one file: Config and named sizes."""

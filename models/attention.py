@@ -1,4 +1,4 @@
-"""Ways to compute attention, as values, and the choice among them. The kernels are in models/kernels.py; this imports no jax.
+"""Ways to compute attention, as values, and the choice among them. Imports no jax: the kernels are models/kernels.py.
 
 What a way refuses, and why, is said once on stderr and the next one in ORDER is taken; `require` makes it fail instead.
 `Auto` takes the first in ORDER that does not refuse, and says nothing.
@@ -32,7 +32,7 @@ class Auto:
 
 @dataclass(frozen=True, kw_only=True)
 class CuDNN:
-    """NVIDIA's fused flash attention: linear memory, half the work. Packed rows take a mask and run at about half speed."""
+    """NVIDIA's fused flash attention: linear memory, half the work. Packed rows take a mask of S x S to read."""
 
     require: bool = False
 
@@ -43,15 +43,14 @@ class CuDNN:
             f"it takes bfloat16 and float16, not {site.dtype}": site.dtype not in ("bfloat16", "float16"),
             f"a head of {site.head_dim} is not a multiple of 8, at most 128": site.head_dim % 8 or site.head_dim > 128,
             f"the sequence is sharded {site.shards} ways": site.shards > 1,
-            f"rows of packed documents need a mask of {site.seq_len} x {site.seq_len}, over its {longest:,} x {longest:,}":
-                site.packed and site.seq_len > longest,
-        }  # fmt: skip
+            f"packed documents need a mask, at most {longest:,} long": site.packed and site.seq_len > longest,
+        }
         return next((reason for reason, holds in refusals.items() if holds), "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunked:
-    """Chunks of queries, each against the keys up to its own end: the masked half is skipped. Keeps all probabilities."""
+    """Chunks of queries, each against the keys up to its own end: the masked half is skipped. Probabilities are kept."""
 
     chunk: int = 0  # queries per chunk; 0: a 16th of the sequence, at least 64
     require: bool = False
@@ -62,7 +61,7 @@ class Chunked:
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """All queries against all keys, masked. Takes everything; with the sequence sharded, keys and values are gathered."""
+    """All queries against all keys, masked. Takes everything; over a sharded sequence keys and values are gathered."""
 
     def refuses(self, site: Site) -> str:
         return ""

@@ -1,4 +1,4 @@
-"""The Llama decoder as an nnx module: parameters stacked over layers, and the forward pass. Its sizes are models/llama.py's."""
+"""The Llama decoder as an nnx module: parameters stacked over layers, and the forward pass. Sizes: models/llama.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax import checkpoint_policies as policies
 
 from meshes import constrain
 from models.kernels import attend
-from models.layers import frequencies, regathered, rms_norm, rotate, rotations, swiglu
+from models.layers import frequencies, regathered, rms_norm, rotate, rotations, swiglu, together
 
 if TYPE_CHECKING:
     from models.llama import Config, Parameter
@@ -24,10 +24,10 @@ POLICIES = {
 
 
 class Decoder(nnx.Module):
-    """Pre-norm transformer: RMS norm, grouped-query attention with rotary positions, SwiGLU. Touvron et al., arXiv 2302.13971.
+    """Pre-norm transformer: RMS norm, grouped-query rotary attention, SwiGLU. Touvron et al. 2023, arXiv 2302.13971.
 
-    Matrices start as normals cut off at 2 deviations, of standard deviation 1 / sqrt(inputs); what writes to the residual
-    stream is divided by sqrt(2 L) besides (Radford et al. 2019, section 2.3). Norms start at 1.
+    Matrices start as normals cut off at 2 deviations, of standard deviation 1 / sqrt(inputs); what writes to the
+    residual stream is divided by sqrt(2 L) besides (Radford et al. 2019, section 2.3). Norms start at 1.
     """
 
     def __init__(self, config: Config, key: jax.Array):
@@ -36,7 +36,10 @@ class Decoder(nnx.Module):
             setattr(self, name, nnx.Param(_draw(jax.random.fold_in(key, i), parameter), letters=parameter.letters))
 
     def __call__(self, tokens_BS, segments_BS=None, positions_BS=None) -> jax.Array:
-        """-> h_BSD, laid out as "BSD", final norm applied. segments_BS None: one document a row; positions_BS None: 0, 1, ..."""
+        """-> h_BSD, laid out as "BSD", final norm applied.
+
+        segments_BS None: one document a row. positions_BS None: 0, 1, ... Raises LayoutError if a required way refuses.
+        """
         cfg = self.config
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
@@ -79,13 +82,9 @@ def block(cfg: Config, w: dict[str, jax.Array], x_BRD, segments_BS, rope) -> jax
 
 @regathered
 def _qkv(h_BRD, q_DNH, k_DKH, v_DKH):
-    # One product instead of three; put together per key head, so that K (and N with it) stays where it is sharded.
-    D, K, H = k_DKH.shape
     q_DNH, k_DKH, v_DKH = constrain(q_DNH, "DNH"), constrain(k_DKH, "DKH"), constrain(v_DKH, "DKH")
-    fused_DKCH = jnp.concatenate([q_DNH.reshape(D, K, -1, H), k_DKH[:, :, None], v_DKH[:, :, None]], axis=2)
-    qkv = constrain(jnp.einsum("BSD,DKCH->BSKCH", constrain(h_BRD, "BSD"), fused_DKCH), "BSK_H")
-    q_BSNH = qkv[:, :, :, :-2].reshape(*h_BRD.shape[:2], -1, H)
-    return constrain(q_BSNH, "BSNH"), qkv[:, :, :, -2], qkv[:, :, :, -1]
+    q_BSNH, k_BSKH, v_BSKH = together(constrain(h_BRD, "BSD"), q_DNH, k_DKH, v_DKH, groups=k_DKH.shape[1])
+    return constrain(q_BSNH, "BSNH"), constrain(k_BSKH, "BSKH"), constrain(v_BSKH, "BSKH")
 
 
 @regathered

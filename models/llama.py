@@ -23,7 +23,7 @@ REMAT: dict[str, str] = {
     "full": "keep each layer's input only; a third more work, the least memory",
 }
 
-# Parameter -> the letters that its product sums over; "": a norm. The name's ending gives the dims. Tied models lack the last.
+# Parameter -> the letters that its product sums over; "": a norm. The name ends in its dims. Tied models lack the last.
 PARAMETERS: dict[str, str] = {
     "embed_VD": "D",
     "attn_norm_LD": "",
@@ -111,7 +111,7 @@ class Config:
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of forward and backward per token; a token attends to (seq_len + 1) / 2 keys on average.
 
-        6 per weight in a product (the unembedding is one, the embedding's lookup is none), 12 per key, head dim and layer.
+        6 per weight in a product (unembedding: a product; embedding: a lookup), 12 per key, layer and dim of all heads.
         """
         weights = sum(math.prod(p.shape) for p in self.parameters().values() if p.std)
         weights -= 0 if self.tied else self.vocab_size * self.dim
@@ -121,7 +121,7 @@ class Config:
         """Raises LayoutError where a size does not divide over mesh axes of these sizes under `rules`."""
         sizes = self._sizes() | {"seq_len": seq_len}
         for mapping, letters in ((rules.params, STORED), (rules.acts, COMPUTED)):
-            split = {letter: tuple(axis for axis in axes_of(mapping, letter) if axes.get(axis, 1) > 1) for letter in letters}
+            split = {letter: [a for a in axes_of(mapping, letter) if axes.get(a, 1) > 1] for letter in letters}
             for letter, over in split.items():
                 field, shards = letters[letter], math.prod(axes[axis] for axis in over)
                 if sizes[field] % shards:
@@ -161,10 +161,13 @@ def _small(dim: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn: in
     return Config(vocab_size=vocab_size, head_dim=dim // num_heads, rope_theta=10_000.0, **shape)
 
 
-def _llama3(dim: int, num_layers: int, num_heads: int, head_dim: int, ffn: int, factor: float, tied: bool = False) -> Config:
+def _llama3(dim: int, num_layers: int, num_heads: int, head_dim: int, ffn: int, **rest: Any) -> Config:
     shape = dict(dim=dim, num_layers=num_layers, num_heads=num_heads, num_kv_heads=8, head_dim=head_dim, ffn=ffn)
-    return Config(vocab_size=128_256, rope_scaling=RopeScaling(factor=factor), tied=tied, **shape)
+    return Config(vocab_size=128_256, **shape, **rest)
 
+
+_3_1 = dict(rope_scaling=RopeScaling(factor=8.0))
+_3_2 = dict(rope_scaling=RopeScaling(factor=32.0), tied=True)
 
 SIZES: dict[str, Config] = {
     "1m": _small(128, 4, 4, 2, 384, 512),
@@ -172,11 +175,11 @@ SIZES: dict[str, Config] = {
     "40m": _small(512, 8, 8, 4, 1536, 16_384),
     "125m": _small(768, 12, 12, 4, 2048, 32_000),
     "350m": _small(1024, 24, 16, 4, 2816, 32_000),
-    "1b": _llama3(2048, 16, 32, 64, 8192, 32.0, tied=True),  # 3.2
-    "3b": _llama3(3072, 28, 24, 128, 8192, 32.0, tied=True),  # 3.2
-    "8b": _llama3(4096, 32, 32, 128, 14_336, 8.0),  # 3.1, as the next two
-    "70b": _llama3(8192, 80, 64, 128, 28_672, 8.0),
-    "405b": _llama3(16_384, 126, 128, 128, 53_248, 8.0),
+    "1b": _llama3(2048, 16, 32, 64, 8192, **_3_2),
+    "3b": _llama3(3072, 28, 24, 128, 8192, **_3_2),
+    "8b": _llama3(4096, 32, 32, 128, 14_336, **_3_1),
+    "70b": _llama3(8192, 80, 64, 128, 28_672, **_3_1),
+    "405b": _llama3(16_384, 126, 128, 128, 53_248, **_3_1),
 }
 
 

@@ -1,6 +1,20 @@
-"""A Llama in float64 numpy, one position and one head at a time, written from the papers: what the models are held against."""
+"""A Llama in float64 numpy, one query and one head at a time, written from the papers: what models are held against."""
 
+import jax
 import numpy as np
+from flax import nnx
+
+
+def model(config, seed=0):
+    """A model with random parameters drawn by numpy, which compiles nothing; its norms are not 1 either."""
+    rng = np.random.default_rng(seed)
+    graph, _ = nnx.split(jax.eval_shape(config.build, jax.random.key(0)))
+
+    def draw(parameter):
+        array = rng.normal(size=parameter.shape) * (parameter.std or 0.1) + (not parameter.std)
+        return nnx.Param(jax.numpy.asarray(array, "float32"), letters=parameter.letters)
+
+    return nnx.merge(graph, nnx.State({name: draw(parameter) for name, parameter in config.parameters().items()}))
 
 
 def params_of(model):

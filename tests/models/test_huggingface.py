@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from models.llama import Config, RopeScaling
+from tests.models import reference
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch and transformers deprecate names of each other's on import
@@ -22,10 +23,10 @@ STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, o
 SHAPES = {
     "grouped": TINY,
     "tied, a key head each, epsilon": dataclasses.replace(TINY, num_kv_heads=4, tied=True, norm_eps=1e-3),
-    "one key head, a wide head, three layers": dataclasses.replace(TINY, num_kv_heads=1, head_dim=16, num_layers=3, ffn=40),
+    "one wide key head, three layers": dataclasses.replace(TINY, num_kv_heads=1, head_dim=16, num_layers=3, ffn=40),
     "stretched, tied": dataclasses.replace(TINY, rope_scaling=STRETCHED, rope_theta=1000.0, tied=True, head_dim=12),
 }
-# Ours -> the name of theirs (in a layer: model.layers.I.NAME), and how an array of ours becomes their (outputs, inputs).
+# Ours -> theirs; in a layer: model.layers.I.NAME.weight.
 OUTSIDE = {"embed_VD": "model.embed_tokens.weight", "final_norm_D": "model.norm.weight", "unembed_DV": "lm_head.weight"}
 LAYER = {
     "attn_norm_LD": "input_layernorm",
@@ -41,6 +42,7 @@ LAYER = {
 
 
 def theirs(name, array, dim):
+    """An array of ours as (outputs, inputs)."""
     if array.ndim == 1 or name == "embed_VD":
         return array
     inputs_first = array.reshape(-1, dim) if name in ("o_LNHD", "down_LFD") else array.reshape(dim, -1)
@@ -90,13 +92,13 @@ def hugging_face(config, arrays):
     return model
 
 
-@pytest.mark.parametrize(("seed", "name"), enumerate(SHAPES))
+@pytest.mark.parametrize(("seed", "name"), [*enumerate(SHAPES)])
 def test_logits_and_gradients_equal_hugging_faces(name, seed):
     config = SHAPES[name]
-    graph, params = nnx.split(config.build(jax.random.key(seed)))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(9), x.shape), params)
+    graph, params = nnx.split(reference.model(config, seed))
     rng = np.random.default_rng(seed)
-    tokens, weight = rng.integers(config.vocab_size, size=(2, 21 + seed)), rng.normal(size=config.vocab_size).astype(np.float32)
+    tokens = rng.integers(config.vocab_size, size=(2, 21 + seed))
+    weight = rng.normal(size=config.vocab_size).astype(np.float32)
 
     def scalar(params):
         model = nnx.merge(graph, params)
