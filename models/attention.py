@@ -50,7 +50,7 @@ class CuDNN:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunked:
-    """Chunks of queries, each against the keys up to its own end: the masked half is skipped. Probabilities are kept."""
+    """Chunks of queries, each against the keys up to its own end: the masked half is skipped. Keeps probabilities."""
 
     chunk: int = 0  # queries per chunk; 0: a 16th of the sequence, at least 64
     require: bool = False
