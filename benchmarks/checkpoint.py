@@ -39,6 +39,7 @@ NAMES = {
     "blocked": "save beside steps: the call, s",
     "lost": "save beside steps: all that the loop lost, s",
     "ratio": "lost / save with nothing beside it",
+    "others": "cores that other processes kept busy",
 }
 Step = Callable[[Any], Any]
 
@@ -71,6 +72,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, f
         save_alone(checkpoints, 0, state)  # compiles the hash and makes the copy's memory: not timed
     rounds, highest = [], 0.0
     for number in range(1, options.rounds + 1):
+        others = busy_elsewhere()
         _, state = steps_for(options.rest, step, state)
         sync = save_alone(checkpoints, 2 * number, state)
         pace, state = steps_for(options.rest, step, state)
@@ -80,6 +82,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, f
         pace, highest = (pace + after) / 2, max(highest, beside[0])
         lost = elapsed - count * pace
         rounds.append({"step": pace, "sync": sync, "blocked": blocked, "lost": lost, "steps": count, "ratio": lost / sync})
+        rounds[-1]["others"] = others()
         print("  ".join(f"{name} {value:.3f}" for name, value in rounds[-1].items()), flush=True)
     rows = {"state, MB": size / 1e6}
     rows |= {text: statistics.median(r[name] for r in rounds) for name, text in NAMES.items()}
@@ -161,6 +164,17 @@ def peak() -> Iterator[list[float]]:
     finally:
         stop.set()
         thread.join()
+
+
+def busy_elsewhere() -> Callable[[], float]:
+    """A clock of the CPU time of everything but this process, per second since it was made."""
+
+    def read() -> tuple[float, float]:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
+        return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - time.process_time(), time.perf_counter()
+
+    busy, begun = read()
+    return lambda: (read()[0] - busy) / (read()[1] - begun)
 
 
 def settled() -> int:

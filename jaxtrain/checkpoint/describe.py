@@ -64,11 +64,18 @@ def num_bytes(manifest: Manifest) -> int:
 def _unstorable(leaf: Any) -> str:
     if not isinstance(leaf, jax.Array):
         return f"a {type(leaf).__name__}"
-    if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_) or leaf.dtype.kind == "c":
+    if not _whole_bytes(leaf.dtype):
         return f"of dtype {leaf.dtype}"
     if jax.process_count() > 1 and leaf.is_fully_addressable:
         return "local to this process"
     return ""
+
+
+def _whole_bytes(dtype: Any) -> bool:
+    """Whether it is a bool, or an integer or float of 8, 16, 32 or 64 bits."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits == 8 * dtype.itemsize
+    return dtype == jnp.bool_ or (jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits == 8 * dtype.itemsize)
 
 
 def _entry(x: jax.Array, letters: str | None) -> ArrayEntry:

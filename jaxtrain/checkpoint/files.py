@@ -73,10 +73,8 @@ def steps(directory: Path) -> list[int]:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """What saves and deletions that did not finish have left behind."""
-    unfinished = [path for path in directory.glob("*") if path.suffix in (SAVING, DELETING) and path.stem.isdecimal()]
-    headless = [path for path in directory.glob("*") if path.name.isdecimal() and not (path / MANIFEST).exists()]
-    return sorted(unfinished + headless)
+    """What saves and deletions that did not finish have left behind; folders of other programs are none."""
+    return sorted(path for path in directory.glob("*") if path.suffix in (SAVING, DELETING) and path.stem.isdecimal())
 
 
 def delete(folder: Path) -> None:

@@ -181,7 +181,7 @@ class Checkpoints:
             hashes = hashing.total([part["sums"] for part in parts])
             _warn_of_unequal_copies(save.step, hashes)
             manifest.write(folder, describe.completed(save.draft, {n: copies[0] for n, copies in hashes.items()}, entries))
-            if final.exists():
+            if (final / files.MANIFEST).exists():
                 files.delete(final)
             folder.rename(final)
             files.sync_folder(self.directory)

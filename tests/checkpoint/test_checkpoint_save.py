@@ -121,12 +121,21 @@ def test_saving_a_step_again_replaces_it(opened):
 
 def test_what_unfinished_saves_left_is_no_checkpoint_and_goes_at_the_next_opening(saved, folder, opened):
     saved(1)
-    shutil.copytree(folder / "1", folder / "3.saving")
-    shutil.copytree(folder / "1", folder / "2")
-    (folder / "2" / "manifest.json").unlink()
-    (folder / "notes").mkdir()
+    for name in ("2.deleting", "3.saving"):
+        shutil.copytree(folder / "1", folder / name)
     assert opened().steps() == [1]
-    assert sorted(path.name for path in folder.iterdir()) == ["1", "notes"]
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+def test_folders_of_other_programs_are_neither_restored_nor_removed(opened, folder):
+    (folder / "7" / "default").mkdir(parents=True)
+    (folder / "notes.deleting").mkdir()
+    checkpoints = opened()
+    assert checkpoints.latest({"x": jnp.zeros(3)}) is None
+    checkpoints.save(7, {"x": jnp.zeros(3)}, **NOTE)
+    with pytest.raises(CheckpointError, match="step 7 was not saved(.|\n)*not empty"):
+        checkpoints.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["7", "notes.deleting"]
 
 
 KILLED = """
@@ -254,10 +263,10 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_the_opening(tmp_path):
 
 
 def test_leaves_that_cannot_be_saved_are_named(opened):
-    state = {"ok": jnp.ones(2), "key": jax.random.key(0), "number": 3, "wave": jnp.ones(2, jnp.complex64)}
+    state = {"ok": jnp.ones(2), "key": jax.random.key(0), "number": 3, "wave": jnp.ones(2, jnp.complex64), "half": jnp.ones(2, jnp.int4)}
     with pytest.raises(CheckpointError) as error:
         opened().save(1, state, **NOTE)
-    assert all(f"{name}: " in error.value.got for name in ("key", "number", "wave")) and "ok" not in error.value.got
+    assert all(f"{name}: " in error.value.got for name in ("key", "number", "wave", "half")) and "ok" not in error.value.got
 
 
 def test_leaves_that_share_a_name_are_refused(opened):
