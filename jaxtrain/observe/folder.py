@@ -25,8 +25,7 @@ class RunFolder:
         self.path = config.run_dir
         try:
             with ExitStack() as undo:
-                for name in ("checkpoints", "logs"):
-                    (self.path / name).mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = undo.enter_context(open(self.path / "lock", "a+"))
                 _lock(self._lock, self.path)
                 self._keep_config(encode(config), accept_changes)

@@ -16,6 +16,7 @@ from jaxtrain.config import RunConfig, check_layout, encode, flatten
 from jaxtrain.data import Loader
 from jaxtrain.errors import RunError
 from jaxtrain.observe.folder import RunFolder
+from jaxtrain.observe.log import process_log
 from jaxtrain.observe.plot import plot_loss
 from jaxtrain.observe.recorder import Recorder, StepClock
 from jaxtrain.observe.throughput import peak_flops
@@ -46,6 +47,7 @@ def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool =
             folder = RunFolder(config, runtime.environment(), accept_changes)
             stack.callback(folder.close)
         runtime.barrier("run folder", deadline_s=300)
+        stack.enter_context(process_log(config.run_dir, process.index))
         return _run(config, process, stack, accept_changes)
 
 
