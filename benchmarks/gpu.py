@@ -1,8 +1,8 @@
-"""What this machine's NVIDIA GPUs can do, and what our training step of a dense model makes of it. `python -m benchmarks.gpu`
+"""What this machine's NVIDIA GPUs can do, and what our step of a dense model makes of it. `python -m benchmarks.gpu`
 
-Matmul and copy rates of one card first; then the step: time, MFU against the published peak, peak memory, and the kernels
-that it was compiled to. Prints tables and writes them as JSON with versions, devices and command. `--tiny` runs all of it in
-a few seconds on whatever is there, to see that it works; its figures mean nothing.
+Matmul and copy rates of one card first; then the step: time, MFU against the published peak, peak memory, and the
+kernels that it was compiled to. Prints tables and writes them as JSON with versions, devices and command. `--tiny`
+runs all of it in seconds on whatever is there, to see that it works; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def train(options: Options) -> dict[str, Any]:
 
     per_step = seconds(step)
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return {**facts, **speed(config, per_step, len(devices)), "peak bytes": peak, "kernels": kernels(compiled.as_text())}
+    facts |= speed(config, per_step, len(devices))
+    return facts | {"peak bytes": peak, "kernels": kernels(compiled.as_text())}
 
 
 def speed(config: Any, per_step: float, num_devices: int) -> dict[str, Any]:
@@ -160,11 +161,12 @@ def speed(config: Any, per_step: float, num_devices: int) -> dict[str, Any]:
 
 
 def memory(compiled: Any, options: Options) -> dict[str, int]:
-    """Bytes that one device will hold. Raises RunError where jax may not take as many: running would end in an OOM."""
+    """Bytes that one device will hold. Raises RunError where jax may not take as many: the run would end in an OOM."""
     import jax
 
     sizes = compiled.memory_analysis()
-    needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + outputs
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit and needed > limit:
         raise RunError(
@@ -177,7 +179,7 @@ def memory(compiled: Any, options: Options) -> dict[str, int]:
 
 
 def kernels(hlo: str) -> dict[str, int]:
-    """Library calls, Triton fusions and collectives of a compiled program, by how often they stand in it, loops once."""
+    """Library calls, Triton fusions and collectives of a compiled program: how often each stands in it, loops once."""
     calls = re.findall(r'custom_call_target="([^"]+)"', hlo)
     fusions = re.findall(r'"fusion_backend_config":\s*\{\s*"kind":\s*"(__triton\w*)"', hlo)
     collectives = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", hlo)

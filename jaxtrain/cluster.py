@@ -27,7 +27,7 @@ class Member:
 
 
 def member(env: Mapping[str, str] = os.environ) -> Member | None:
-    """This process's place, or None where it is alone: JAXTRAIN_*, else Slurm, Open MPI or Kubernetes. Raises RunError."""
+    """This process's place by JAXTRAIN_*, else Slurm, Open MPI or Kubernetes; None: it is alone. Raises RunError."""
     given = [name for name in OURS if name in env]
     if given:
         return _ours(env, given)
@@ -90,7 +90,7 @@ def _undetected(manager: str, why: str) -> RunError:
 def _all_gpus(env: Mapping[str, str]) -> bool:
     """Whether a process owns every GPU that it sees: it is alone on its host, or the manager bound GPUs to tasks.
 
-    jax alone would give each Slurm or Open MPI process the one GPU of its local rank, and idle 7 of 8 with one per host.
+    jax alone gives each Slurm or Open MPI process the one GPU of its local rank, and idles 7 of 8 with one per host.
     """
     one_per_node = env.get("SLURM_NTASKS", "") == env.get("SLURM_STEP_NUM_NODES")
     return one_per_node or "SLURM_GPUS_PER_TASK" in env or env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"

@@ -1,7 +1,7 @@
-"""Lets the processes of a run meet before jax does: every one learns by a deadline that all are there, or who is missing.
+"""Lets the processes of a run meet before jax does: by a deadline each learns that all are there, or who is missing.
 
-jax's own meeting ends in SIGABRT at its deadline and names nobody. Process 0 listens on the coordinator's port, which is
-free for jax again when `meet` returns.
+jax's own meeting ends in SIGABRT at its deadline and names nobody. Process 0 listens on the coordinator's port, which
+is free for jax again when `meet` returns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HELLO_S = 2.0  # for one line from a process that has connected
 
 
 def meet(me: Member, host: str, deadline_s: float) -> None:
-    """Returns when all processes have arrived. Raises the same RunError on all that did: missing, twice, other count."""
+    """Returns when all processes have arrived; else the same RunError on all that did: missing, twice, miscounted."""
     end = time.monotonic() + deadline_s
     if me.index == 0:
         _welcome(me, host, end)
@@ -63,7 +63,7 @@ class _Lobby:
 
     def fill(self, server: socket.socket, end: float) -> dict[str, str] | None:
         """Until all are here: None, or what is wrong, as the arguments of a RunError."""
-        while len(self.hosts) < self.me.count:
+        while not self._complete():
             line = _accept(server, end)
             if line is None:
                 return _missing(self.me.count, self.hosts)
@@ -71,6 +71,15 @@ class _Lobby:
             if problem:
                 return problem
         return None
+
+    def _complete(self) -> bool:
+        """Whether all are here, and still are: those that hung up while they waited are no longer counted."""
+        if len(self.hosts) < self.me.count:
+            return False
+        gone = [index for index, line in self._line_of.items() if _hung_up(line)]
+        for index in gone:
+            del self.hosts[index], self._line_of[index]
+        return not gone
 
     def _admit(self, line: socket.socket) -> dict[str, str] | None:
         index, count, host = _hello(line)

@@ -59,9 +59,9 @@ def start(
 ) -> Process:
     """Sets this process up and meets its peers; comes before the first use of a device.
 
-    `fake_devices`: run on that many CPU devices. `cache_dir`: compiled programs are kept there; None: $JAXTRAIN_CACHE_DIR
-    or ~/.cache/jaxtrain. Raises RunError where peers are missing at the deadline or fake devices come too late,
-    ConfigError for an unknown XLA flag.
+    `fake_devices`: run on that many CPU devices. `cache_dir`: compiled programs are kept there; None:
+    $JAXTRAIN_CACHE_DIR or ~/.cache/jaxtrain. Raises RunError where peers are missing at the deadline or fake devices
+    come too late, ConfigError for an unknown XLA flag.
     """
     _platform(fake_devices)
     _xla(xla)
@@ -78,7 +78,7 @@ def place() -> str:
 
 
 def barrier(name: str, deadline_s: float) -> None:
-    """Returns when all processes have come here; every process calls it in the same order. Raises RunError at the deadline."""
+    """Returns when all processes have come here, each in the same order of calls. Raises RunError at the deadline."""
     if _process.count == 1:
         return
     key = f"barrier/{next(_round)}/{name}"
@@ -96,7 +96,7 @@ def barrier(name: str, deadline_s: float) -> None:
 
 
 def compare_fingerprints(fields: Mapping[str, str], deadline_s: float) -> None:
-    """Returns when all processes have shown equal fields. Raises the same RunError on all, naming fields and processes."""
+    """Returns when all processes have shown equal fields; else the same RunError on all names fields and processes."""
     if _process.count == 1:
         return
     key = f"fingerprint/{next(_round)}"
@@ -118,7 +118,8 @@ def code_fingerprint() -> str:
         spec = importlib.util.find_spec(package)
         for root in map(Path, spec.submodule_search_locations if spec else ()):
             for path in sorted(root.rglob("*.py")):
-                digest.update(f"{package}/{path.relative_to(root).as_posix()}".encode() + b"\0" + path.read_bytes() + b"\0")
+                name = f"{package}/{path.relative_to(root).as_posix()}"
+                digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -197,7 +198,7 @@ def _compilation_cache(cache_dir: Path | None) -> None:
         print(f"no compilation cache: {error}; set JAXTRAIN_CACHE_DIR to a folder that can be written", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they would put the folder's path into the key
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they put the folder's path into the key
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -208,13 +209,14 @@ def _join(me: Member, deadline_s: float) -> None:
     _process = Process(index=me.index, count=me.count, host=_process.host)
     meet(me, _process.host, deadline_s)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # two programs in flight meet gloo in either order, and hang
+    # two programs in flight meet gloo in either order, and hang
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             me.coordinator, me.count, me.index, local_device_ids=me.gpus, cluster_detection_method="deactivate"
         )
     except RuntimeError as error:
-        raise RunError("jax.distributed did not start.", got=str(error), rule="start comes before any device") from error
+        raise RunError("jax.distributed did not start.", got=str(error), rule="it comes before any device") from error
 
 
 def _verdict(key: str, deadline_s: float) -> dict[str, str] | None:

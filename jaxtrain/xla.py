@@ -1,4 +1,4 @@
-"""XLA compiler flags as a config value, checked against the installed XLA before it reads them. It sets no other option.
+"""XLA compiler flags as a config value, checked against the installed XLA before it reads them. It sets no more.
 
 XLA ends the process at a flag that it does not know (jax issue 25404), so names are looked up first, in the libraries'
 own constants: 309 of 309 flags of jaxlib 0.10.2, 350 of 350 of 0.12.0 and the CUDA plugin's are there, found in 0.03 s.
@@ -27,17 +27,17 @@ _NAME = re.compile(rb"xla_[a-z0-9_]+(?=\0)")
 class XlaFlags:
     """Flags "name=value" added to XLA_FLAGS where the devices are GPUs; what XLA_FLAGS already sets stays as it is.
 
-    None by default. The latency-hiding scheduler, which lists of recommended flags begin with, is on by itself: with the
-    flag a step of two layers for 8 H200 compiles to the same bytes as without (jax 0.10.2 and 0.12.0.1, no GPU there). Of
-    the 21 collectives of a scanned step, 5 stand over a matmul; pipelined all-gathers make that 4 of 25, double-buffered
-    loops besides 9 of 41, combining up to 1 GB 3 of 16. Which is faster only a measurement of your own run says.
+    None by default. The latency-hiding scheduler, which lists of recommended flags begin with, is on by itself: with
+    the flag a step of two layers for 8 H200 compiles to the same bytes as without (jax 0.10.2 and 0.12.0.1, no GPU
+    there). Of the 21 collectives of a scanned step, 5 stand over a matmul; pipelined all-gathers make that 4 of 25,
+    double-buffered loops besides 9 of 41, combining up to 1 GB 3 of 16. Which is faster only your own run can say.
     """
 
     gpu: tuple[str, ...] = ()
 
 
 def add_flags(flags: XlaFlags, env: MutableMapping[str, str] = os.environ) -> None:
-    """Writes XLA_FLAGS into `env`, before the first use of a device. Raises ConfigError for a name that XLA does not know."""
+    """Writes XLA_FLAGS into `env`, before the first use of a device. Raises ConfigError for a name unknown to XLA."""
     theirs = _text(env.get("XLA_FLAGS", ""))
     taken = {_name(word) for word in _words(theirs)}
     ours = [f"--{flag.lstrip('-')}" for flag in flags.gpu if _name(flag) not in taken] if on_gpu(env) else []

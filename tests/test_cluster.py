@@ -37,7 +37,9 @@ def found(monkeypatch):
     return in_environment
 
 
-@pytest.mark.parametrize("env", [{}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}])
+@pytest.mark.parametrize(
+    "env", [{}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}]
+)
 def test_a_process_that_nobody_gave_peers_is_alone(env):
     assert member(env) is None
 

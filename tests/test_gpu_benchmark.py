@@ -1,4 +1,4 @@
-"""The GPU benchmark, run in its tiny form on CPU devices; its reading of compiled programs against lines of such programs."""
+"""The GPU benchmark: its tiny form on a CPU device, and its reading of compiled programs against lines of such."""
 
 import json
 from types import SimpleNamespace
@@ -14,8 +14,8 @@ from jaxtrain.errors import RunError
 HLO = """
   %ag = (bf16[256,2048]) all-gather-start(%p), replica_groups=[1,8]<=[8], backend_config={"operation_queue_id":"0"}
   %agd = bf16[2048,2048] all-gather-done(%ag)
-  %f.1 = bf16[8,2048] fusion(%a), kind=kCustom, calls=%c, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
-  %f.2 = bf16[8,2048] fusion(%a), kind=kCustom, calls=%c, backend_config={"fusion_backend_config": {"kind":"__triton_nested_gemm_fusion"}}
+  %f.1 = bf16[8] fusion(%a), kind=kCustom, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  %f.2 = bf16[8] fusion(%a), kind=kCustom, backend_config={"fusion_backend_config": {"kind":"__triton_nested_gemm_fusion"}}
   %cc = (bf16[8,32,4096,64], u8[0]) custom-call(%q, %k, %v, %bias), custom_call_target="__cudnn$fmhaScaleBiasSoftmax"
   %mm = (bf16[8,2048], s8[33554432]) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={}
   %rs = bf16[8] reduce-scatter(%g), dimensions={0}

@@ -114,7 +114,8 @@ def test_the_environment_is_json_and_says_what_the_run_runs_on(monkeypatch):
 
 def test_a_dirty_checkout_names_its_changed_files(tmp_path, monkeypatch):
     def git(*words):
-        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, timeout=20)
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, timeout=20)
 
     (tmp_path / "jaxtrain").mkdir()
     file = tmp_path / "jaxtrain" / "runtime.py"

@@ -25,7 +25,7 @@ def flags_after(flags=ONE, **env):
 
 
 def xla_says(flags: str) -> str:
-    """What XLA prints when it reads these flags; it ends the process at --help and at any flag that it does not know."""
+    """What XLA prints when it reads these flags; it ends the process at --help and at any flag unknown to it."""
     code = "from jax._src.lib import xla_client; xla_client.make_cpu_client()"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60).stderr

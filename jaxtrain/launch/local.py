@@ -1,4 +1,4 @@
-"""`jaxtrain launch`: several trainer processes on this machine's CPU, as a cluster would start them. It trains nothing."""
+"""`jaxtrain launch`: several trainers on this machine's CPU, as a cluster would start them. It trains nothing."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def _count(flag: str, text: str) -> int:
 
 
 def launch(command: list[str], processes: int, grace_s: float = GRACE_S) -> int:
-    """Runs `command` as `processes` processes that find each other; returns 0, or the exit code of the first that failed.
+    """Runs `command` in `processes` processes that find each other; returns 0, or the first exit code that is not.
 
-    Each output line is headed by its process, `[p0]`. SIGINT and SIGTERM go on to all, a second one kills. When one fails
-    the others have `grace_s`, then SIGTERM, then SIGKILL. None outlives the launcher, however it ends (on Linux).
+    Each output line is headed by its process, `[p0]`. SIGINT and SIGTERM go on to all, a second one kills. When one
+    fails the others have `grace_s`, then SIGTERM, then SIGKILL. None outlives the launcher, however it ends (on Linux).
     """
     port = _free_port()
     with _Group(grace_s) as group:
@@ -204,7 +204,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before 
 
 
 def _die_with(parent: int) -> None:
-    """Between fork and exec: the kernel will kill this process when its parent dies. prctl(2), PR_SET_PDEATHSIG is 1."""
+    """Between fork and exec: the kernel will kill this process when its parent dies. prctl(2); PR_SET_PDEATHSIG = 1."""
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the call

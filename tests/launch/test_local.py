@@ -1,4 +1,4 @@
-"""The local launcher, with small scripts in the place of trainers. It always runs in a process of its own, as a user runs it."""
+"""The local launcher, with small scripts in the place of trainers, always in a process of its own, as a user runs it."""
 
 import signal
 import subprocess
@@ -13,7 +13,11 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.launch.local import Options, main, parse
 
 ROOT = Path(__file__).parent.parent.parent
-LAUNCH = "import sys; from jaxtrain.launch.local import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1]), grace_s=1.0))"
+LAUNCH = """
+import sys
+from jaxtrain.launch.local import launch
+sys.exit(launch(sys.argv[2:], int(sys.argv[1]), grace_s=1.0))
+"""
 DEADLINE_S = 30  # far above what any of these takes, below a test run's patience
 ME = "import os, sys, time, signal; me = int(os.environ['JAXTRAIN_PROCESS_ID'])\n"
 
@@ -166,7 +170,7 @@ def test_help_shows_the_flags(argv, capsys):
 
 def test_what_is_started_is_jaxtrain_train_with_fake_devices(monkeypatch):
     seen = []
-    monkeypatch.setattr("jaxtrain.launch.local.launch", lambda command, processes: seen.append((command, processes)) or 0)
+    monkeypatch.setattr("jaxtrain.launch.local.launch", lambda *call: seen.append(call) or 0)
     assert main(["--processes", "3", "--devices-per-process", "4", "c.py", "--steps", "5"]) == 0
     trainer = [sys.executable, "-m", "jaxtrain", "train", "c.py", "--fake-devices", "4", "--steps", "5"]
     assert seen == [(trainer, 3)]
