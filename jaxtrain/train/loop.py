@@ -4,7 +4,7 @@ The contract, for every update n:
   1. take batch n, which the loader's thread has made
   2. dispatch update n; the call returns at once
   3. read the metrics of update n - 1: the host waits for that one only, while the device works on n
-  4. a value that is not finite ends the run; a stop that any process asked for ends it after update n
+  4. a value that is not finite or a save that failed ends the run; a stop that any process asked for ends it after n
   5. where an evaluation, a save or the end follows update n, read its metrics too, so that the row stands before the
      evaluation's row and a bad state is never saved
   6. evaluate, then save, so that a checkpoint of step n implies that all rows up to n are on disk
@@ -37,6 +37,7 @@ class Loop:
     clock: StepClock
     evaluate: Callable[[int, State], None]
     save: Callable[[int, State], None]
+    check_save: Callable[[], None]  # raises what went wrong with a save in the background
     last_good: Callable[[], str]  # the newest checkpoint, in words
 
     def run(self, state: State, batches: Iterable[tuple[int, Any]], first_step: int) -> tuple[State, int]:
@@ -87,6 +88,7 @@ class Loop:
                 )
         if done % self.config.log_every == 0 or done == self.config.steps:
             self.recorder.write(done, metrics | self.clock.tick(done))
+            self.check_save()
         elif done == self._first + 1:
             self.clock.restart(done)  # the first update held the compilation
 

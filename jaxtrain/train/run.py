@@ -85,7 +85,7 @@ def _run(config: RunConfig, process: runtime.Process, stack: ExitStack, accept_c
 
     flops = config.model.flops_per_token(config.seq_len) * config.tokens_per_step
     clock = StepClock(config.tokens_per_step, flops, peak_flops(config.precision.compute), first_step)
-    loop = Loop(config, train_step(blueprint), stop, recorder, clock, evaluate, save, last_good)
+    loop = Loop(config, train_step(blueprint), stop, recorder, clock, evaluate, save, checkpoints.check, last_good)
     state, signal = loop.run(state, loader, first_step)
     checkpoints.wait()
     recorder.flush()
