@@ -194,3 +194,26 @@ def test_different_fingerprints_are_named_to_all_processes_with_both_values(toge
 
 def test_a_barrier_that_one_process_misses_names_it_at_the_deadline(together):
     assert "1 of 2 processes did not come to 'there': 1." in together[0]["absent"]
+
+
+def test_memory_that_a_cpu_step_frees_is_not_faulted_in_again(tmp_path):
+    code = """
+import ctypes, resource, threading
+from jaxtrain import runtime
+runtime.start(fake_devices=1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        block = ctypes.CDLL(None).malloc
+        block.restype, block.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        at = block(100 << 20)
+        ctypes.memset(at, 1, 100 << 20)
+        free = ctypes.CDLL(None).free
+        free.argtypes = [ctypes.c_void_p]
+        free(at)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=faults); thread.start(); thread.join()
+"""
+    env = os.environ | {"JAXTRAIN_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2 * (100 << 20) // 4096  # each page once, not ten times
