@@ -18,7 +18,7 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns the exit code. 2: the user's input; 1: what the machine did."""
-    from jaxtrain.errors import ConfigError, UserError, closest
+    from jaxtrain.errors import ConfigError, LayoutError, UserError, closest
 
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stdout.flush()
         print(f"{_place()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return _left(2 if isinstance(error, ConfigError) else 1)
+        return 2 if type(error) in (ConfigError, LayoutError, UserError) else 1
     except KeyboardInterrupt:
-        return _left(130)
+        return 130
 
 
 def _usage() -> str:
@@ -50,14 +50,15 @@ def _place() -> str:
     return runtime.place()
 
 
-def _left(code: int) -> int:
-    """With peers alive, leaving by `exit` would wait for them at jax's shutdown barrier: leave at once instead."""
-    if _place():
+def entry() -> None:
+    """The process: runs `main` and leaves. After a failure at once: `exit` would wait for peers at jax's shutdown barrier,
+    and let the threads of sinks that failed print their own tracebacks over the message."""
+    code = main()
+    if code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import runpy
 import sys
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class RunConfig(Generic[M]):
 
 # Fields that a run folder may be continued with although they differ: they move work, they do not change the numbers'
 # definition. A mesh of another size changes the last bit of a sum; the difference is printed all the same.
-FREE_TO_CHANGE = ("mesh", "rules", "checkpoint", "log_every", "sinks", "endings", "xla", "runs_dir", "eval")
+FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "log_every", "sinks", "endings", "xla", "runs_dir", "eval")
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -109,6 +110,7 @@ def check(config: RunConfig) -> RunConfig:
     for name in ("steps", "batch", "seq_len", "accumulate", "log_every"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} = {getattr(config, name)} is not positive.", rule=f"{name} is at least 1")
+    _check_ranges(config)
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError(
             f"name = {config.name!r} is no folder name.", rule="one path component that does not start with a dot"
@@ -122,6 +124,20 @@ def check(config: RunConfig) -> RunConfig:
     if config.eval:
         check_disjoint(config.data, config.eval.data)
     return config
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Raises ConfigError for a number that no run can mean."""
+    positive = {"optim.peak_lr": config.optim.peak_lr}
+    least_zero = {"optim.weight_decay": config.optim.weight_decay, "z_loss": config.z_loss, "seed": config.seed}
+    if config.eval:
+        least_zero["eval.every"] = config.eval.every
+    if config.optim.clip is not None:
+        positive["optim.clip"] = config.optim.clip
+    for name, value in (positive | least_zero).items():
+        if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
+            rule = "a positive number" if name in positive else "zero or a positive number"
+            raise ConfigError(f"{name} = {value} is out of range.", rule=f"{name} is {rule}")
 
 
 def check_layout(config: RunConfig, num_devices: int) -> dict[str, int]:

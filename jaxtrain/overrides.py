@@ -185,7 +185,7 @@ def _parse(config: Any, pairs: list[tuple[str, list[str]]]) -> Any:
             raise ConfigError(
                 f"{flag} cannot take {' '.join(values) or 'no value'!r}.",
                 got=_reason(said.getvalue()),
-                rule=f"its value now is {now!r}",
+                rule=f"a value of its type, as {now!r} is",
             ) from None
         if group is pairs:
             return changed
@@ -200,6 +200,7 @@ def _tyro(config: Any, argv: list[str], prog: str) -> Any:
 
 
 def _reason(said: str) -> str:
-    """The first sentence of tyro's boxed message."""
-    lines = [line.strip("│╭╰─╮╯ ") for line in said.splitlines()]
-    return " ".join(lines[1 : next((i for i, line in enumerate(lines) if i > 1 and not line), 2)])
+    """The sentence of tyro's message, which comes in a box or between rules, with help after it."""
+    lines = [line.strip("│╭╰─╮╯- ") for line in said.splitlines()]
+    sentences = [line for line in lines if line and not line.endswith(("error", "options", "Error"))]
+    return sentences[0] if sentences else "no reason given"

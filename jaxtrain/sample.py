@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jaxtrain.command import parse
 from jaxtrain.config import load
+from jaxtrain.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,9 @@ class Options:
 def main(argv: list[str]) -> int:
     """jaxtrain sample CONFIG [--prompt TEXT ...] [--tokens N] [--temperature T] [overrides of the config]"""
     call = parse("jaxtrain sample", Options, argv, doc=main.__doc__)
-    config = load(call.config, call.overrides)
+    config, options = load(call.config, call.overrides), call.options
+    if options.tokens < 1 or options.temperature < 0:
+        raise ConfigError("--tokens is at least 1 and --temperature at least 0.", got=f"{options.tokens}, {options.temperature}")
 
     import meshes
     from jaxtrain import checkpoint, runtime
@@ -35,7 +38,8 @@ def main(argv: list[str]) -> int:
     blueprint = Blueprint(config, meshes.make(config.mesh))
     params = checkpoint.restore(config.run_dir, blueprint.abstract, only="params")
     tokenizer = tokenizer_of(config.data)
-    options = call.options
+    if tokenizer is None:
+        raise ConfigError("the config's data has no tokenizer, so there is no text to write.", got=type(config.data).__name__)
     prompts = [tokenizer.encode(text) or [tokenizer.end] for text in options.prompt]
     for text in generate(blueprint, params, prompts, options.tokens, options.temperature, options.sample_seed):
         print(tokenizer.decode(text), end="\n\n")

@@ -31,7 +31,10 @@ def export(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> list[Path
             f"nothing to export from {folder}." if not entries else f"{out} holds a model already.",
             rule="a checkpoint with params, and a folder without model files",
         )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {out}.", got=error.strerror, fix="another --out") from error
     groups = list(_groups(entries, shard_bytes))
     paths = [out / _file_name(i, len(groups)) for i in range(len(groups))]
     for path, names in zip(paths, groups):

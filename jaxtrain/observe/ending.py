@@ -11,6 +11,7 @@ class Finished(Protocol):
 
     blueprint: Any
     params: Any
+    data: Any  # the training Dataset
     eval_data: Any  # the held-out Dataset, or None
     evaluation: dict[str, float]  # the last evaluation's metrics
 
@@ -44,7 +45,9 @@ class Sample:
     def lines(self, run: Finished) -> list[str]:
         from jaxtrain.generate import generate
 
-        tokenizer = run.eval_data.tokenizer
+        tokenizer = run.data.tokenizer
+        if tokenizer is None:
+            return ["sample: none, the data has no tokenizer"]
         ids = [tokenizer.encode(prompt) for prompt in self.prompts]
         texts = generate(run.blueprint, run.params, ids, self.tokens, self.temperature)
         rows = [tokenizer.decode(text).splitlines() for text in texts]

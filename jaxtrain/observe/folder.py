@@ -43,22 +43,25 @@ class RunFolder:
 
     def _keep_config(self, new: dict, accept_changes: bool) -> None:
         kept = _config_files(self.path)
-        if not kept:
+        if not kept or not any(self.path.glob("checkpoints/*/manifest.json")):  # nothing yet that could be continued
             return write_json(self.path / "config.json", new)
         changed = differences(json.loads(kept[-1].read_text()), new)
         if not changed:
             return None
-        table = "\n        ".join(f"{path}: {old!r} -> {now!r}" for path, (old, now) in changed.items())
-        strict = [path for path in changed if path.split(".")[0] not in FREE_TO_CHANGE]
+        strict = {path: pair for path, pair in changed.items() if path.split(".")[0] not in FREE_TO_CHANGE}
         if strict and not accept_changes:
             raise RunError(
                 f"{self.path} belongs to a run of another config.",
-                got=table,
+                got=_table(strict),
                 rule="a run folder continues one config",
                 fix="another --name, or --accept-changes to continue this run with the new config",
             )
-        print(f"continuing {self.path} with a changed config:\n        {table}", flush=True)
+        print(f"continuing {self.path} with a changed config:\n        {_table(changed)}", flush=True)
         return write_json(self.path / f"config.{len(kept)}.json", new)
+
+
+def _table(changed: dict[str, tuple[Any, Any]]) -> str:
+    return "\n        ".join(f"{path}: {old!r} -> {now!r}" for path, (old, now) in changed.items())
 
 
 def _config_files(run_dir: Path) -> list[Path]:

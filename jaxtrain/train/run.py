@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from signal import Signals
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ class Finished:
 
     blueprint: Blueprint
     params: Any
+    data: Any
     eval_data: Any
     evaluation: dict[str, float]
 
@@ -64,6 +66,8 @@ def _run(config: RunConfig, process: runtime.Process, stack: ExitStack, accept_c
     state = restored[0] if restored else blueprint.init()
     first_step = int(state.step)
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
+    if first_step >= config.steps:
+        _say(process, f"nothing to train: the run stands at step {first_step} of {config.steps}")
     recorder = Recorder(config.sinks if process.lead else (), config.run_dir, first_step, config.steps)
     stack.callback(recorder.close)
     stop = StopFlag(mesh)
@@ -90,10 +94,11 @@ def _run(config: RunConfig, process: runtime.Process, stack: ExitStack, accept_c
     checkpoints.wait()
     recorder.flush()
     if signal:
-        _say(process, f"stopped by signal {signal} at step {int(state.step)}; the same command continues")
+        _say(process, f"stopped by {Signals(signal).name} at step {int(state.step)}; the same command continues")
         return 128 + signal
     stop.close()
-    _end(process, Finished(blueprint, state.params, evaluator and evaluator.data, evaluator(state.params) if evaluator else {}))
+    evaluation = evaluator(state.params) if evaluator else {}
+    _end(process, Finished(blueprint, state.params, data, evaluator and evaluator.data, evaluation))
     return 0
 
 

@@ -24,6 +24,12 @@ def _open(config, **kwargs):
     RunFolder(config, {"python": "3"}, **kwargs).close()
 
 
+def _saved(config):
+    """As after a first checkpoint: from here on the folder is a run that can be continued."""
+    (config.run_dir / "checkpoints" / "5").mkdir(parents=True)
+    (config.run_dir / "checkpoints" / "5" / "manifest.json").write_text("{}")
+
+
 def test_a_folder_says_what_ran_and_on_what(config):
     _open(config)
     kept = json.loads((config.run_dir / "config.json").read_text())
@@ -34,6 +40,7 @@ def test_a_folder_says_what_ran_and_on_what(config):
 
 def test_another_config_is_refused_with_the_difference_and_overwrites_nothing(config):
     _open(config)
+    _saved(config)
     before = (config.run_dir / "config.json").read_bytes()
     other = dataclasses.replace(config, optim=AdamW(peak_lr=1e-2))
     with pytest.raises(RunError, match=r"optim\.peak_lr: 0\.0003 -> 0\.01"):
@@ -43,6 +50,7 @@ def test_another_config_is_refused_with_the_difference_and_overwrites_nothing(co
 
 def test_an_accepted_change_is_kept_beside_the_first_config(config, capsys):
     _open(config)
+    _saved(config)
     _open(dataclasses.replace(config, steps=20), accept_changes=True)
     assert "steps: 10 -> 20" in capsys.readouterr().out
     assert json.loads((config.run_dir / "config.json").read_text())["steps"] == 10
@@ -50,8 +58,24 @@ def test_an_accepted_change_is_kept_beside_the_first_config(config, capsys):
     _open(dataclasses.replace(config, steps=20))  # the newest config is the one that continues
 
 
+def test_a_folder_without_a_checkpoint_takes_the_corrected_config(config):
+    _open(config)
+    _open(dataclasses.replace(config, steps=20))
+    assert json.loads((config.run_dir / "config.json").read_text())["steps"] == 20
+
+
+def test_the_refusal_lists_only_what_stands_in_the_way(config):
+    _open(config)
+    _saved(config)
+    with pytest.raises(RunError) as error:
+        _open(dataclasses.replace(config, seed=3, log_every=7))
+    assert "seed: 0 -> 3" in str(error.value)
+    assert "log_every" not in str(error.value)
+
+
 def test_another_mesh_continues_the_run(config):
     _open(config)
+    _saved(config)
     _open(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, tensor=2)))
 
 
