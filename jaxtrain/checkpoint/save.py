@@ -68,10 +68,10 @@ class Checkpoints:
         draft = describe.draft(step, arrays, named(letters) if letters is not None else {}, config, data)
         json.dumps([config, data])  # a TypeError belongs to the caller
         save = _Save(step, draft, hashing.Hashing(arrays), peers.new_round(), self._deadline())
-        if on_cpu(arrays):
+        if computes_here := on_cpu(arrays):
             arrays = self._buffers.copy(arrays)
             save.copied.set()
-        self._pending = save, in_background(lambda: self._write(save, arrays))
+        self._pending = save, in_background(lambda: self._write(save, arrays), yielding=computes_here)
         if not save.copied.wait(save.deadline.left()):
             self.wait()
 
