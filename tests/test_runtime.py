@@ -216,4 +216,4 @@ thread = threading.Thread(target=faults); thread.start(); thread.join()
 """
     env = os.environ | {"JAXTRAIN_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2 * (100 << 20) // 4096  # each page once, not ten times
+    assert int(done.stdout) < 5 * (100 << 20) // 4096  # ten times each page, where it is given back; once or twice here
