@@ -10,6 +10,7 @@ from flax import nnx
 from jax import checkpoint_policies as policies
 
 from meshes import constrain
+from models.draw import normals
 from models.kernels import attend
 from models.layers import frequencies, regathered, rms_norm, rotate, rotations, swiglu, together
 
@@ -93,7 +94,4 @@ def _out(o_BSNH, o_NHD):
 
 
 def _draw(key: jax.Array, parameter: Parameter) -> jax.Array:
-    if not parameter.std:
-        return jnp.ones(parameter.shape, jnp.float32)
-    spread = parameter.std / 0.87962566  # the standard deviation of a unit normal that is cut off at 2
-    return spread * jax.random.truncated_normal(key, -2, 2, parameter.shape, jnp.float32)
+    return normals(key, parameter.shape, parameter.std) if parameter.std else jnp.ones(parameter.shape, jnp.float32)
