@@ -1,7 +1,9 @@
 """Pipeline schedules as data: which stage does what at which tick; and layers divided among stages by their cost.
 
-It runs nothing and imports no jax: `meshes.simulator` checks, times and draws a table. In every schedule here each
-virtual stage takes the microbatches in ascending order, so all of them sum gradients in the same order.
+It runs nothing and imports no jax; `meshes.simulator` checks, times and draws a table. Letters are those of the papers:
+p stages, m microbatches, v chunks of layers per stage; F, B and W the costs of a forward, of a backward for the input
+and of one for the weights. In every schedule each virtual stage takes the microbatches in ascending order, so that all
+schedules sum gradients in the same order.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, chain, zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from meshes.errors import LayoutError
 
-# What a cell does: the branches of an executor's switch. BACKWARD is the two below it in one.
+# What a cell does: the branches of an executor's switch. BACKWARD is the two after it in one.
 IDLE, FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(5)
 NAMES = ("idle", "forward", "backward", "backward for the input", "backward for the weights")
-# What actions make, and, by kind of action, which of it.
+# What actions make, and which of these each kind of action makes.
 OUTPUT, INPUT_GRADIENT, WEIGHT_GRADIENT = range(3)
 MAKES = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 1, 0], [0, 0, 1]], bool)
 NEVER = np.iinfo(np.int32).max  # the tick of what is not made
@@ -68,11 +70,11 @@ class Table:
 
 
 def needs(kind: np.ndarray, virtual: np.ndarray, num_virtual: int) -> tuple[np.ndarray, np.ndarray]:
-    """The one thing that each action waits for: (what, of which virtual stage), where -1 is the model's input.
+    """The one thing that each action waits for: (what, made by which virtual stage), -1 being the model's input.
 
-    One is enough, the rest follows: a forward waits for the forward before it, the last virtual stage's backward for
-    its own forward, every other for the backward that follows it in the model, one for the weights for that for the
-    input. What an idle cell waits for means nothing.
+    A forward waits for the forward of the virtual stage before; a backward for the backward of the one after, on the
+    last for its own forward; a backward for the weights for that for the input. All else follows from these. An idle
+    cell's entry means nothing.
     """
     forward, weights = kind == FORWARD, kind == BACKWARD_WEIGHT
     turn = ~forward & ~weights & (virtual == num_virtual - 1)
@@ -80,8 +82,8 @@ def needs(kind: np.ndarray, virtual: np.ndarray, num_virtual: int) -> tuple[np.n
     return what, np.where(forward, virtual - 1, np.where(weights | turn, virtual, virtual + 1))
 
 
-def mark(made: np.ndarray, kind: np.ndarray, virtual: np.ndarray, microbatch: np.ndarray, when: np.ndarray | int) -> None:
-    """Notes in `made` (what, virtual stage, microbatch) when the actions of one tick, one per stage, make what."""
+def mark(made: np.ndarray, kind: np.ndarray, virtual: np.ndarray, microbatch: np.ndarray, when: Any) -> None:
+    """Writes into `made` (what, virtual stage, microbatch) when the actions of one tick, one per stage, made it."""
     made[:, virtual, microbatch] = np.where(MAKES[kind].T, when, made[:, virtual, microbatch])
 
 
@@ -107,7 +109,7 @@ def place(
         ready = (kind != IDLE) & (made[(*needs(kind, virtual, num_virtual), microbatch)] < len(rows))
         if not ready.any():
             raise _deadlock(head, len(rows))
-        turn = ready & ((kind == FORWARD) != was_forward)
+        turn = ready & ((kind == FORWARD) != was_forward)  # of the direction that the tick before did not go
         if aligned and turn.any():
             ready = turn
         was_forward = bool((ready & (kind == FORWARD)).any())
@@ -133,7 +135,7 @@ def spell(kind: int, microbatch: int, chunk: int) -> str:
 
 
 def gpipe(stages: int, microbatches: int) -> Table:
-    """All forwards, then all backwards: a bubble of (p-1)/(m+p-1) of the time, and all m activations kept.
+    """All forwards, then all backwards: a bubble of (p-1)/(m+p-1) of the time, and the activations of all m kept.
 
     Huang et al. 2019, "GPipe" (arXiv 1811.06965), section 2.3.
     """
@@ -142,24 +144,24 @@ def gpipe(stages: int, microbatches: int) -> Table:
 
 
 def one_f_one_b(stages: int, microbatches: int) -> Table:
-    """Backwards and forwards in turns: GPipe's bubble of (p-1)/(m+p-1), and on stage s p - s activations kept at most.
+    """One forward, one backward: GPipe's bubble of (p-1)/(m+p-1), with the activations of p - s kept on stage s.
 
     PipeDream-Flush: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using
-    Megatron-LM" (arXiv 2104.04473), section 2.2.1. Within a tick neighbours do opposite things: in lockstep, each tick
-    costs the longer of the two. `interleaved` with one chunk avoids that.
+    Megatron-LM" (arXiv 2104.04473), section 2.2.1. Neighbours do opposite things within a tick, so in lockstep almost
+    every tick costs a backward: 4/3 of the time where B + W = 2F. `interleaved` with one chunk avoids that.
     """
     _check(stages=stages, microbatches=microbatches)
     return _whole_backwards([range(microbatches)], 1, [stages - stage for stage in range(stages)])
 
 
 def interleaved(stages: int, microbatches: int, chunks: int) -> Table:
-    """1F1B with `chunks` runs of layers per stage: a bubble of (p-1)/(vm+p-1) of the time, where m >= p.
+    """1F1B with v chunks of layers per stage: a bubble of (p-1)/(vm+p-1) of the time, in lockstep too, where m >= p.
 
-    Narayanan et al. 2021, section 2.2.2. Microbatches go through the chunks in groups of p, or a few more where p does
-    not divide them. With g the largest group, stage s keeps 2(p-s-1) + (v-1)g + 1 activations of a chunk: for g = p
-    L(1 + (p-1)/pv) layers' on the first, as in Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.3. Aligned: the
-    bubble is the same in lockstep. One chunk is the eager 1F1B of Zhuang et al. 2022 (arXiv 2211.05322), which pays for
-    the alignment with up to 2p - 1 activations instead of p.
+    Narayanan et al. 2021, section 2.2.2. Microbatches go through the chunks in groups of p, of p to 2p - 1 where p does
+    not divide m. With g the largest group, stage s keeps the activations of (v-1)g + 2(p-s) - 1 microbatches of a
+    chunk; for g = p that is L(1 + (p-1)/pv) layers' on the first stage, as in Korthikanti et al. 2022 (arXiv
+    2205.05198), section 4.2.3. With one chunk it is the eager 1F1B of Zhuang et al. 2022 (arXiv 2211.05322): 2p - 1
+    activations instead of p are the price of being aligned. Fewer microbatches than stages take 2(vp + m - 1) ticks.
     """
     _check(stages=stages, microbatches=microbatches, chunks=chunks)
     groups = np.array_split(range(microbatches), max(1, microbatches // stages))  # the larger ones first
@@ -168,10 +170,11 @@ def interleaved(stages: int, microbatches: int, chunks: int) -> Table:
 
 
 def zero_bubble(stages: int, microbatches: int) -> Table:
-    """ZB-H1: the backward in two, whose second half fills two thirds of 1F1B's bubble, in 1F1B's memory.
+    """ZB-H1: backwards in two halves, the second of which fill two thirds of 1F1B's bubble, in 1F1B's memory.
 
-    Qi et al. 2023, "Zero Bubble Pipeline Parallelism" (arXiv 2401.10241), section 2.1: stage s is s backwards for the
-    weights behind. By table 2 the bubble takes (p-1)(F+B-W), beside m(F+B+W) of work.
+    Qi et al. 2023, "Zero Bubble Pipeline Parallelism" (arXiv 2401.10241), section 2.1: stage s runs its backwards for
+    the weights s microbatches late. Beside m(F+B+W) of work stands a bubble of (p-1)(F+B-W) where W <= B (table 2), of
+    (p-1)F otherwise. In lockstep that holds for F = B = W.
     """
     _check(stages=stages, microbatches=microbatches)
     return place([list(_zero_bubble(stages, microbatches, stage)) for stage in range(stages)], microbatches)
@@ -208,10 +211,10 @@ def _check(**counts: int) -> None:
 
 
 def divide(costs: Sequence[float], stages: int, *, first: float = 0, last: float = 0) -> list[int]:
-    """Costs of the layers, in order -> how many of them each virtual stage gets, so that the dearest costs the least.
+    """Costs of the layers in order -> how many of them each virtual stage gets, so that the dearest costs the least.
 
-    `first` and `last` are what the ends do beside their layers: embedding; unembedding and loss. Exact. Of equally good
-    divisions it takes the most even one (least sum of squares), of those the one with fewest layers early, where most
+    `first` and `last` are what the two ends do beside their layers: embedding; unembedding and loss. Exact: of all best
+    divisions it is the most even one (least sum of squares), of those the one with the fewest layers early, where most
     activations are kept. Raises LayoutError where there are fewer layers than stages.
     """
     _check(stages=stages)
@@ -245,8 +248,10 @@ def _whole_numbers(costs: Sequence[float]) -> list[int]:
     return [int(cost * unit) for cost in exact]
 
 
-def _cut(num: int, pieces: int, score: Callable[[int, int], int], join: Callable[[int, int], int]) -> tuple[int, list[int]]:
-    """The least joined score of `num` layers cut into pieces, score(i, j) that of layers i to j, and the lengths."""
+def _cut(
+    num: int, pieces: int, score: Callable[[int, int], int], join: Callable[[int, int], int]
+) -> tuple[int, list[int]]:
+    """The least score of `num` layers cut into pieces, where score(i, j) is that of layers i to j; and the lengths."""
     best = {i: (score(i, num), [num - i]) for i in range(pieces - 1, num)}
     for before in reversed(range(pieces - 1)):  # pieces before the one that starts at layer i
         best = {

@@ -39,20 +39,19 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Buffer:
-    """Where values wait: arrays (ticks, stages) of slot numbers, -1 for none.
+    """Where values wait: the slot that each stage writes, reads and frees at each tick, (ticks, stages), -1 for none.
 
-    A slot is written before it is read within a tick, and what it held is dropped at the end of the tick that frees it.
-    Slots are numbered from 0 on each stage, sizes[s] of them on stage s; a program that is the same on all stages has
-    `size`.
+    A tick writes before it reads, and frees at its end: a slot that tick t frees can be written at t + 1.
     """
 
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # slots on each stage; they are numbered from 0
     write: np.ndarray
     read: np.ndarray
     free: np.ndarray
 
     @property
     def size(self) -> int:
+        """Slots of a program that is the same on all stages."""
         return max(self.sizes)
 
 
@@ -60,17 +59,16 @@ class Buffer:
 class Simulation:
     """What a legal table costs and needs.
 
-    `lockstep` is the time where all stages start every tick together, as a program does that exchanges messages at
-    every tick: a tick takes its longest action. `asynchronous` is the time that papers count: each stage runs its
-    actions in the table's order, each as soon as what it needs is made. Messages take no time in either.
+    `lockstep` is the time where all stages start every tick together, as in one program that exchanges messages at
+    every tick: a tick takes as long as its longest action. `asynchronous` is the time that papers count: each stage
+    runs its actions in the table's order, each as soon as what it needs is made. Messages take no time in either.
 
-    The buffers, of one microbatch's values in each slot:
-    - `activations`: what arrived from the stage before; written by the arrival, before the action; read by its forward.
-      The first virtual stage reads none.
-    - `gradients`: what arrived from the stage after, likewise; read by its backward (for the input). The last virtual
-      stage reads none.
-    - `saved`: what a forward leaves; written by it, read by its backward, or both halves, the last of which frees it.
-    - `residuals`: what a backward for the input leaves for that for the weights.
+    Four buffers keep values between ticks, one microbatch's on one virtual stage in each slot:
+    - `activations` that arrived: written on arrival, before the action of that tick; read and freed by their forward.
+      The first virtual stage has none.
+    - `gradients` that arrived: likewise, for the backward or the backward for the input. The last has none.
+    - `saved`, what a forward leaves for its backward: read by both halves, freed by the one for the weights.
+    - `residuals`, what a backward for the input leaves for that for the weights.
     """
 
     table: Table
@@ -129,6 +127,7 @@ def _check(table: Table) -> np.ndarray:
 
 
 def _refuse(table: Table, bad: np.ndarray, rule: str, other: np.ndarray | None = None, got: str = "") -> None:
+    """Raises for the first bad cell; `got` may tell of another tick, given for every cell."""
     if not bad.any():
         return
     place = tuple(int(index) for index in np.argwhere(bad)[0])
@@ -160,8 +159,7 @@ def _asynchronous(table: Table, costs: Costs) -> np.number:
     cost = costs.by_kind[table.kind]
     end = np.zeros((3, table.num_virtual + 1, table.num_microbatches), cost.dtype)
     clock = np.zeros(table.num_stages, cost.dtype)  # when each stage is done with its actions so far
-    for row in zip(table.kind, table.virtual, table.microbatch, cost, strict=True):
-        kind, virtual, microbatch, taken = row
+    for kind, virtual, microbatch, taken in zip(table.kind, table.virtual, table.microbatch, cost, strict=True):
         ready = end[(*needs(kind, virtual, table.num_virtual), microbatch)]
         clock = np.where(kind == IDLE, clock, np.maximum(clock, ready) + taken)
         mark(end, kind, virtual, microbatch, clock)
@@ -169,7 +167,7 @@ def _asynchronous(table: Table, costs: Costs) -> np.number:
 
 
 def _buffer(table: Table, virtual: np.ndarray, written: np.ndarray, *reads: np.ndarray) -> Buffer:
-    """Values from the tick that writes each to its last read -> slots, as few on each stage as are in use at once.
+    """Values by the ticks that write and read them -> slots, as few on each stage as it keeps values at once.
 
     Interval colouring: in the order of their first ticks, each takes the lowest slot that is free.
     """
@@ -181,7 +179,7 @@ def _buffer(table: Table, virtual: np.ndarray, written: np.ndarray, *reads: np.n
         slot = next((slot for slot, last in enumerate(until) if last < start), len(until))
         until[slot : slot + 1] = [end]
         slots.append(slot)
-    write, read, free = np.full((3, *table.kind.shape), -1)
+    write, read, free = np.full((3, *table.kind.shape), -1, np.int32)
     write[first, stage] = slots
     for tick in ticks:
         read[tick, stage] = slots
@@ -193,12 +191,12 @@ def draw(table: Table) -> str:
     """The table as text: a row for each stage, a column for each tick, and the legend."""
     cells = [[_cell(table, tick, stage) for tick in range(table.num_ticks)] for stage in range(table.num_stages)]
     width = 1 + max(len(cell) for row in cells for cell in row)
-    ruler = "".join(str(tick).ljust(5 * width) for tick in range(0, table.num_ticks, 5))
-    margin = len(f"stage {table.num_stages}")
-    rows = [("tick", ruler), *((f"stage {s}", "".join(cell.ljust(width) for cell in row)) for s, row in enumerate(cells))]
-    kinds = [f"{LETTERS[kind]} {NAMES[kind]}" for kind in np.unique(table.kind)]
-    number = "microbatch.chunk" if table.num_chunks > 1 else "microbatch"
-    return "\n".join([*(f"{name:<{margin}} {row}".rstrip() for name, row in rows), f"{', '.join(kinds)}; number: {number}"])
+    rows = {f"stage {stage}": "".join(cell.ljust(width) for cell in row) for stage, row in enumerate(cells)}
+    ruler = {"tick": "".join(str(tick).ljust(5 * width) for tick in range(0, table.num_ticks, 5))}
+    margin = max(map(len, rows))
+    kinds = ", ".join(f"{LETTERS[kind]} {NAMES[kind]}" for kind in np.unique(table.kind))
+    legend = f"{kinds}; number: microbatch{'.chunk' if table.num_chunks > 1 else ''}"
+    return "\n".join([*(f"{name:<{margin}} {row}".rstrip() for name, row in (ruler | rows).items()), legend])
 
 
 def _cell(table: Table, tick: int, stage: int) -> str:

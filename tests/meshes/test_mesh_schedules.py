@@ -89,6 +89,12 @@ def test_1f1b_in_lockstep_pays_the_backward_at_every_tick_but_the_first_p(p, m):
     assert simulate(one_f_one_b(p, m)).lockstep.total == p * 1 + (2 * m + p - 2) * 2
 
 
+@pytest.mark.parametrize("p, m", [(2, 2), (4, 8), (7, 15)])
+def test_zero_bubble_loses_nothing_in_lockstep_where_its_three_actions_cost_the_same(p, m):
+    run = simulate(zero_bubble(p, m))
+    assert run.lockstep == run.asynchronous == (3 * m + p - 1, (p - 1) / (3 * m + p - 1))
+
+
 @pytest.mark.parametrize("p, m, v", [(4, 1, 2), (4, 3, 3), (7, 2, 4), (16, 15, 2)])
 def test_fewer_microbatches_than_stages_take_the_time_of_the_way_round_the_ring(p, m, v):
     assert interleaved(p, m, v).num_ticks == 2 * (v * p - 1 + m)
@@ -109,6 +115,12 @@ def test_live_activations_are_those_of_the_papers(p, m):
     assert run.live == (p,) * p
     # Qi et al., section 2.3: device i keeps (p-i+1) activations and (i-1) residuals; one more while the next is made.
     assert run.residuals.sizes == tuple(stage + 1 for stage in stages)
+
+
+@pytest.mark.parametrize("p, m", [(2, 2), (4, 9), (8, 8)])
+def test_zero_bubble_with_dear_weights_waits_for_a_forward_of_each_other_stage(p, m):
+    run = simulate(zero_bubble(p, m), Costs(forward=2, backward_input=1, backward_weight=3))
+    assert run.asynchronous.total == m * 6 + (p - 1) * 2
 
 
 @pytest.mark.parametrize("p, v", [(2, 2), (4, 2), (4, 3), (8, 4)])
@@ -230,7 +242,7 @@ def every_part(table: Table) -> set[Part]:
 
 
 def wrong_places(table: Table) -> set[tuple[int | None, int]]:
-    """(tick, stage) of every cell that repeats an action or comes too early; (None, stage) for an action that is lost."""
+    """(tick, stage) of each cell that repeats an action or comes too early; (None, stage) where an action is lost."""
     first: dict[Part, int] = {}
     wrong: set[tuple[int | None, int]] = set()
     cells = list(itertools.product(range(table.num_ticks), range(table.num_stages)))
@@ -325,7 +337,8 @@ def test_a_changed_cell_is_named_with_the_rule_that_it_breaks(values, what, rule
 
 
 def test_an_action_that_comes_too_early_is_told_when_what_it_needs_is_made():
-    cells = [[Action(FORWARD, 0), Action(FORWARD, 0)], [(0, 0, 0), Action(BACKWARD, 0)], [Action(BACKWARD, 0), (0, 0, 0)]]
+    idle, forward, backward = Action(IDLE, 0), Action(FORWARD, 0), Action(BACKWARD, 0)
+    cells = [[forward, forward], [idle, backward], [backward, idle]]
     with pytest.raises(LayoutError, match="tick 0, stage 1: .* forward of microbatch 0, chunk 0") as refused:
         simulate(Table(*np.array(cells).transpose(2, 0, 1), num_microbatches=1))
     assert refused.value.got == "that is made at tick 0"
