@@ -10,7 +10,10 @@ from jaxtrain.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """A checkpoint every `every` steps; the newest `keep_last` stay, and for ever those whose step `keep_every` divides."""
+    """A checkpoint every `every` steps; the newest `keep_last` stay, and for ever those whose step `keep_every` divides.
+
+    What no longer stays is removed when the next save begins or the run ends.
+    """
 
     every: int = 1000  # steps
     keep_last: int = 3
