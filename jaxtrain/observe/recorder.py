@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.errors import RunError
-from jaxtrain.observe.sinks import Row, Sink
+from jaxtrain.observe.sinks import Row, Sink, Writer
 
 
 class Recorder:
@@ -17,7 +19,10 @@ class Recorder:
 
     def __init__(self, sinks: tuple[Sink, ...], run_dir: Path, first_step: int, steps: int):
         self._run_dir = run_dir
-        self._writers = [sink.open(run_dir, first_step, steps) for sink in sinks]
+        self._writers = []
+        for sink in sinks:
+            with self._telling(sink):
+                self._writers.append(sink.open(run_dir, first_step, steps))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Raises RunError where a sink cannot write: a run that records nothing is not to go on unseen."""
@@ -32,14 +37,19 @@ class Recorder:
 
     def _each(self, verb: str, *args: Row) -> None:
         for writer in self._writers:
-            try:
+            with self._telling(writer):
                 getattr(writer, verb)(*args)
-            except OSError as error:
-                raise RunError(
-                    f"cannot write metrics into {self._run_dir}.",
-                    got=f"{error.strerror} ({type(writer).__name__})",
-                    fix="free space or give write permission, then run the same command again",
-                ) from error
+
+    @contextmanager
+    def _telling(self, sink: Sink | Writer) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write metrics into {self._run_dir}.",
+                got=f"{error.strerror} ({type(sink).__name__})",
+                fix="free space or give write permission, then run the same command again",
+            ) from error
 
 
 def plain(value: Any) -> int | float:

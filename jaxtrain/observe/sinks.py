@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
+import struct
+import time
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,16 +85,22 @@ class JsonlWriter:
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(keep))
         os.replace(fresh, path)
-        self._file = open(path, "ab", buffering=0)  # a row is one write: whole, or torn at the end of the file
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row).encode() + b"\n")
+        _append(self._file, json.dumps(row).encode() + b"\n")
 
     def flush(self) -> None:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """One write: whole, or an error and torn at the end of the file, which the next run leaves out."""
+    if file.write(data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _lines(path: Path) -> list[str]:
@@ -105,21 +116,36 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class TensorBoardWriter:
-    def __init__(self, directory: Path, first_step: int):
-        from tensorboardX import SummaryWriter
+    """Appends an event per row, in TFRecord framing. tensorboardX's own writer is a thread: on a full disk it dies with
+    a traceback, and the loop hangs when its queue is full."""
 
-        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1, flush_secs=10)
+    def __init__(self, directory: Path, first_step: int):
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        directory.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = open(directory / name, "ab", buffering=0)
+        self._append(file_version="brain.Event:2")
+        self._append(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges from there on
 
     def write(self, row: Row) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, row["step"])
+        values = [{"tag": name, "simple_value": value} for name, value in row.items() if name != "step"]
+        self._append(step=row["step"], summary={"value": values})
 
     def flush(self) -> None:
-        self._writer.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _append(self, **event: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = Event(wall_time=time.time(), **event).SerializeToString()
+        size = struct.pack("<Q", len(data))
+        crcs = (struct.pack("<I", masked_crc32c(part)) for part in (size, data))
+        _append(self._file, size + next(crcs) + data + next(crcs))
 
 
 class WandbWriter:

@@ -1,9 +1,15 @@
 """Rows are exact, short, cut on resume, and survive a torn line."""
 
+import io
 import json
+import struct
+from functools import partial
 
 import numpy as np
 import pytest
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain.errors import RunError
 from jaxtrain.observe.console import line
@@ -40,13 +46,64 @@ def test_rows_reach_every_sink(tmp_path, capsys):
     assert b"train/loss" in events.read_bytes()
 
 
-def test_a_sink_that_cannot_write_ends_the_run_with_the_reason(tmp_path):
-    recorder = Recorder((Jsonl(),), tmp_path, first_step=0, steps=10)
+class ShortOfRoom(io.FileIO):
+    """A disk that fills up within a write."""
+
+    def write(self, data):
+        return super().write(data[:10])
+
+
+@pytest.mark.parametrize("sink", [Jsonl(), TensorBoard()])
+@pytest.mark.parametrize("disk", [partial(io.FileIO, "/dev/full"), partial(ShortOfRoom, "/dev/null")], ids=["full", "fills"])
+def test_a_disk_that_is_full_or_fills_up_ends_the_run_with_the_reason_and_no_other_word(tmp_path, capsys, sink, disk):
+    recorder = Recorder((sink,), tmp_path, first_step=0, steps=10)
     recorder._writers[0]._file.close()
-    recorder._writers[0]._file = open("/dev/full", "ab", buffering=0)
-    with pytest.raises(RunError, match="cannot write metrics"):
+    recorder._writers[0]._file = disk("a")
+    with pytest.raises(RunError, match="(?s)cannot write metrics.*No space left on device"):
         recorder.write(1, {"train/loss": 1.0})
     recorder.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_sink_that_cannot_be_opened_is_an_error_with_a_fix(tmp_path):
+    with pytest.raises(RunError, match="cannot write metrics") as error:
+        Recorder((Jsonl(),), tmp_path / "nowhere", first_step=0, steps=10)
+    assert "run the same command again" in error.value.fix
+
+
+def events(folder):
+    """The events of the one file below, each with its checksums checked: TFRecord framing, read by hand."""
+    (path,) = folder.glob("events*")
+    raw = path.read_bytes()
+    while raw:
+        (size,) = struct.unpack("<Q", raw[:8])
+        data = raw[12 : 12 + size]
+        assert struct.unpack("<I", raw[8:12]) == (masked_crc32c(raw[:8]),)
+        assert struct.unpack("<I", raw[12 + size : 16 + size]) == (masked_crc32c(data),)
+        yield Event.FromString(data)
+        raw = raw[16 + size :]
+
+
+def content(folder):
+    """What TensorBoard makes of them: versions, where it purges, and (step, name, value) of each scalar."""
+    found = list(events(folder))
+    scalars = [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
+    purges = [event.step for event in found if event.session_log.status == SessionLog.START]
+    return {event.file_version for event in found}, purges, scalars
+
+
+def test_tensorboard_is_given_what_its_libraries_own_writer_gives(tmp_path):
+    rows = {8: {"train/loss": 2.5, "time/step_seconds": 0.125}, 9: {"eval/loss": 3.0}}
+    with SummaryWriter(str(tmp_path / "theirs"), purge_step=8) as theirs:
+        for step, row in rows.items():
+            for name, value in row.items():
+                theirs.add_scalar(name, value, step)
+    recorder = Recorder((TensorBoard(),), tmp_path, first_step=7, steps=9)
+    for step, row in rows.items():
+        recorder.write(step, row)
+    recorder.flush()
+    recorder.close()
+    assert content(tmp_path / "tensorboard") == content(tmp_path / "theirs")
 
 
 def test_the_clock_counts_steps_between_readings(monkeypatch):
