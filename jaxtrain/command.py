@@ -29,7 +29,7 @@ class Call:
 
 def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
     """Splits `argv` into CONFIG, the fields of `options` and Process, and overrides. --help prints and exits."""
-    import tyro
+    from jaxtrain.overrides import read
 
     if wants_help(argv):
         show_help(prog, options, argv, doc)
@@ -37,15 +37,13 @@ def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
     path, pairs = _split(prog, argv)
     own = {field.name for kind in (options, Process) for field in dataclasses.fields(kind)}
     mine = [words for words in pairs if _name(words[0]) in own]
-    parsed = [
-        tyro.cli(kind, args=_of(mine, kind), prog=prog) if _of(mine, kind) else kind() for kind in (options, Process)
-    ]
+    parsed = [read(prog, kind, _of(mine, kind)) if _of(mine, kind) else kind() for kind in (options, Process)]
     rest = [word for words in pairs if _name(words[0]) not in own for word in words]
     return Call(Path(path), rest, process=parsed[1], options=parsed[0])
 
 
 def wants_help(argv: list[str]) -> bool:
-    return not argv or "--help" in argv or "-h" in argv
+    return "--help" in argv or "-h" in argv
 
 
 def show_help(prog: str, options: type, argv: list[str], doc: str) -> None:
@@ -66,8 +64,13 @@ def show_help(prog: str, options: type, argv: list[str], doc: str) -> None:
 
 def _split(prog: str, argv: list[str]) -> tuple[str, list[list[str]]]:
     """["c.py", "--a", "1", "--b=2"] -> "c.py" and [["--a", "1"], ["--b=2"]]."""
-    if argv[0].startswith("-"):
-        raise ConfigError(f"{prog} needs a CONFIG first.", got=" ".join(argv), rule=f"{prog} CONFIG [flags]")
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError(
+            f"{prog} needs a CONFIG first.",
+            got=" ".join(argv) or "nothing",
+            rule=f"{prog} CONFIG [flags]",
+            fix=f"a file such as configs/quickstart.py; {prog} --help lists the flags",
+        )
     groups: list[list[str]] = []
     for word in argv[1:]:
         if word.startswith("--"):

@@ -6,13 +6,14 @@ import dataclasses
 import math
 import runpy
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.data.source import Source, check_disjoint
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, UserError
 from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
 from jaxtrain.train.optim import AdamW, Optim
@@ -83,16 +84,20 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 
 def _from_file(path: Path) -> RunConfig:
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ConfigError(
-            f"no config at {path}.", rule="CONFIG is a Python file", fix=f"one of: {', '.join(near)}" if near else ""
-        )
+        near = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.py")})
+        fix = f"one of: {', '.join(near)}" if near else "the path of a Python file that binds `config` to a RunConfig"
+        raise ConfigError(f"no config at {path}.", rule="CONFIG is a Python file", fix=fix)
     sys.path.insert(0, str(path.parent.resolve()))  # so that a config may build on its neighbour
     try:
         names = runpy.run_path(str(path), run_name=path.stem)
-    except (TypeError, NameError, SyntaxError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # it is the user's code
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         raise ConfigError(
-            f"{path} does not load.", got=f"{type(error).__name__}: {error}", rule="a config is a Python file that runs"
+            f"{path} does not load.",
+            got=f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}",
+            rule="a config is a Python file that runs",
         ) from error
     finally:
         sys.path.pop(0)

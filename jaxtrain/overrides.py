@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
+import itertools
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import meshes
@@ -33,10 +36,19 @@ def apply(config: Any, argv: list[str]) -> Any:
     return _parse(config, typed)
 
 
+def read(prog: str, kind: type, argv: list[str], **how: Any) -> Any:
+    """An instance of `kind` from its flags, as tyro reads them; --help prints and exits. Raises ConfigError."""
+    try:
+        return _tyro(kind, argv, prog=prog, **how)
+    except _Refused as error:
+        words = " ".join([prog, *argv])
+        raise ConfigError(f"`{words}` cannot be run.", got=str(error), fix=f"{prog} --help says what it takes") from None
+
+
 def print_help(config: Any, prog: str) -> None:
     """All flags of this config with their types and values."""
     with contextlib.suppress(SystemExit):
-        _tyro(config, ["--help"], prog)
+        _changed(config, ["--help"], prog)
 
 
 def leaves(config: Any) -> dict[str, Any]:
@@ -153,38 +165,57 @@ def _instance(kind: type) -> Any:
 
 
 def _check_names(config: Any, flags: list[str]) -> None:
-    known = {"--" + path.replace("_", "-") for path in leaves(config)}
-    negated = {_negation(path) for path, v in leaves(config).items() if isinstance(v, bool)}
+    paths = list(_paths(config))
+    negated = {_flag((*path[:-1], f"no_{path[-1]}")) for path in paths if isinstance(_at(config, path), bool)}
     for flag in flags:
-        if flag.replace("_", "-") not in known | negated:
-            near = closest(flag.replace("_", "-"), known).split(" known:")[0]
+        if flag.replace("_", "-") not in negated.union(map(_flag, paths)):
             raise ConfigError(
                 f"unknown override {flag}.",
-                rule="a flag is the path of a field in the config",
-                fix=near if near.startswith("did") else "jaxtrain show CONFIG prints all of them",
+                rule="a flag is the path of one value; what a tuple holds is written in the config file",
+                fix=_nearest(_path(flag), paths),
             )
 
 
-def _negation(path: str) -> str:
-    *owner, name = path.replace("_", "-").split(".")
-    return "--" + ".".join([*owner, "no-" + name])
+def _paths(config: Any, path: Path = ()) -> Iterator[Path]:
+    """Of everything below `path` that a flag can set: values, and choices between dataclasses."""
+    for name, value in _children(_at(config, path)):
+        below = (*path, name)
+        if _choices(config, below) or not (_children(value) or dataclasses.is_dataclass(value)):
+            yield below
+        yield from _paths(config, below)
+
+
+def _flag(path: Path) -> str:
+    return "--" + ".".join(path).replace("_", "-")
+
+
+def _nearest(path: Path, known: list[Path]) -> str:
+    """The closest name where the path leaves the known ones, else its last name elsewhere, else all names that are there."""
+    depth = max(d for d in range(len(path) + 1) if any(p[:d] == path[:d] for p in known if len(p) > d))
+    there = [p for p in known if p[:depth] == path[:depth] and len(p) > depth]
+    here = {p[depth]: _flag(p[: depth + 1]) + ".*" * (len(p) > depth + 1) for p in there}
+    near = []
+    if depth < len(path):
+        near = [(*path[:depth], name) for name in difflib.get_close_matches(path[depth], here, n=1)]
+        near = near or [p for p in known if difflib.get_close_matches(path[-1], p[-1:], cutoff=0.8)]
+    if near:
+        return f"did you mean {' or '.join(repr(_flag(p)) for p in near)}?"
+    return f"known: {', '.join(sorted(here.values()))}"
 
 
 def _parse(config: Any, pairs: list[tuple[str, list[str]]]) -> Any:
     """All flags at once; where that fails, the one that fails alone is blamed."""
     for group in (pairs, *([pair] for pair in pairs)):
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                changed = _tyro(config, [word for flag, values in group for word in (flag, *values)], "jaxtrain")
-        except SystemExit:
+            changed = _changed(config, [word for flag, values in group for word in (flag, *values)], "jaxtrain")
+        except _Refused as error:
             if group is pairs:
                 continue
             ((flag, values),) = group
             now = leaves(config).get(".".join(_path(flag)))
             raise ConfigError(
                 f"{flag} cannot take {' '.join(values) or 'no value'!r}.",
-                got=_reason(said.getvalue()),
+                got=str(error),
                 rule=f"a value of its type, as {now!r} is",
             ) from None
         if group is pairs:
@@ -192,15 +223,32 @@ def _parse(config: Any, pairs: list[tuple[str, list[str]]]) -> Any:
     raise AssertionError(f"the flags {pairs} parse one by one but not together")
 
 
-def _tyro(config: Any, argv: list[str], prog: str) -> Any:
+def _changed(config: Any, argv: list[str], prog: str) -> Any:
     import tyro
 
     kind = type(config)[type(config.model)]  # RunConfig is generic over the architecture: tyro then sees its fields
-    return tyro.cli(kind, default=config, args=argv, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    return _tyro(kind, argv, prog=prog, default=config, config=(tyro.conf.AvoidSubcommands,))
+
+
+class _Refused(Exception):
+    """Why tyro did not take a command line."""
+
+
+def _tyro(kind: Any, argv: list[str], **how: Any) -> Any:
+    import tyro
+
+    if "--help" in argv or "-h" in argv:
+        return tyro.cli(kind, args=argv, **how)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(kind, args=argv, **how)
+    except SystemExit:
+        raise _Refused(_reason(said.getvalue())) from None
 
 
 def _reason(said: str) -> str:
-    """The sentence of tyro's message, which comes in a box or between rules, with help after it."""
-    lines = [line.strip("│╭╰─╮╯- ") for line in said.splitlines()]
-    sentences = [line for line in lines if line and not line.endswith(("error", "options", "Error"))]
-    return sentences[0] if sentences else "no reason given"
+    """What tyro's message says, which comes in a box or between rules, below a title and above help."""
+    lines = [line.strip("│╭╰╮╯ ").strip("─") for line in said.strip().splitlines()[1:]]
+    words = itertools.dropwhile(lambda line: not line.strip("-"), lines)
+    return " ".join(itertools.takewhile(lambda line: line.strip("-"), words)) or "no reason given"

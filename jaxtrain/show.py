@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jaxtrain.command import parse
 from jaxtrain.config import RunConfig, load
 from jaxtrain.overrides import leaves, sources
+from jaxtrain.xla import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> int:
     """jaxtrain show CONFIG [overrides of the config]"""
     call = parse("jaxtrain show", Options, argv, doc=main.__doc__)
     plain, config = load(call.config), load(call.config, call.overrides)
+    check(config.xla)
     print(table(plain, config))
     print()
     print(derived(config))

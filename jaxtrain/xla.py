@@ -40,11 +40,16 @@ def add_flags(flags: XlaFlags, env: MutableMapping[str, str] = os.environ) -> No
     """Writes XLA_FLAGS into `env`, before the first use of a device. Raises ConfigError for a name unknown to XLA."""
     theirs = _text(env.get("XLA_FLAGS", ""))
     taken = {_name(word) for word in _words(theirs)}
-    ours = [f"--{flag.lstrip('-')}" for flag in flags.gpu if _name(flag) not in taken] if on_gpu(env) else []
+    ours = [f"--{flag.lstrip('-')}" for flag in flags.gpu if _name(flag) not in taken]
     _check(_words(theirs), "XLA_FLAGS")
-    _check(ours, "xla.gpu of the config")
-    if ours:
+    check(flags)
+    if ours and on_gpu(env):
         env["XLA_FLAGS"] = " ".join([*([theirs] if theirs else []), *ours])
+
+
+def check(flags: XlaFlags) -> None:
+    """Raises ConfigError for a name unknown to the XLA that is installed here, GPU or not."""
+    _check(list(flags.gpu), "xla.gpu of the config")
 
 
 def on_gpu(env: Mapping[str, str] = os.environ) -> bool:

@@ -50,6 +50,26 @@ def test_a_user_error_is_a_message_without_a_traceback(capsys):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("verb", ["train", "show", "sample", "launch", "data prepare", "data order"])
+def test_a_command_without_its_config_says_what_it_needs(verb, capsys):
+    assert main(verb.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"ConfigError: jaxtrain {verb} needs a CONFIG")
+    assert "configs/quickstart.py" in err
+
+
+def test_a_flag_of_the_command_itself_with_a_wrong_value_is_a_message(capsys):
+    assert main(["train", "configs/quickstart.py", "--fake-devices", "many"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ConfigError: `jaxtrain train --fake-devices many` cannot be run.")
+    assert "jaxtrain train --help" in err and "─" not in err
+
+
+def test_show_refuses_an_unknown_xla_flag(capsys):
+    assert main(["show", "configs/quickstart.py", "--xla.gpu", "foo"]) == 2
+    assert "xla.gpu of the config has 'foo', which this XLA does not know" in capsys.readouterr().err
+
+
 def test_show_prints_values_sources_and_what_follows(capsys):
     assert main(["show", "configs/quickstart.py", "--optim.peak-lr", "1e-3"]) == 0
     out = capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 from jaxtrain import overrides
 from jaxtrain.config import check, check_layout, differences, encode, load
 from jaxtrain.errors import ConfigError, LayoutError
+from jaxtrain.observe.ending import Baselines, Sample
 from jaxtrain.train.optim import AdamW, Lion
 from jaxtrain.train.schedule import WSD
 from meshes import FSDP, MeshConfig
@@ -49,6 +50,9 @@ def test_a_choice_is_made_by_the_name_of_its_value():
         (["--rules", "FSPD"], ["--rules", "did you mean 'FSDP'"]),
         (["--optim", "Adma"], ["--optim", "did you mean 'AdamW'"]),
         (["steps", "3"], ["'steps' belongs to no flag"]),
+        (["--optmi", "Lion"], ["did you mean '--optim'?"]),
+        (["--peak-lr", "3"], ["did you mean '--optim.peak-lr'?"]),
+        (["--data.kind", "wlk"], ["'uniform', 'walk', 'copy'"]),
     ],
 )
 def test_a_bad_override_is_named_with_its_fix(argv, words):
@@ -56,6 +60,24 @@ def test_a_bad_override_is_named_with_its_fix(argv, words):
         _apply(*argv)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "known"),
+    [
+        ("--model.dropout", ["--model.attention, --model.dim, ", ", --model.vocab-size"]),
+        ("--frobnicate", ["--accumulate, --batch, --checkpoint.*, ", ", --rules, ", ", --z-loss"]),
+        ("--mesh", ["--mesh.context, --mesh.data, --mesh.expert, --mesh.fsdp"]),
+        ("--endings", ["--endings.0.*, --endings.1.*"]),
+        ("--sinks.0", ["--accumulate, "]),
+    ],
+)
+def test_a_name_far_from_all_is_answered_with_those_of_its_level(flag, known):
+    config = dataclasses.replace(TINY, endings=(Baselines(), Sample(prompts=("a",))))
+    with pytest.raises(ConfigError, match=f"unknown override {flag}") as error:
+        overrides.apply(config, [flag, "None"])
+    assert error.value.fix.startswith(f"known: {known[0]}")
+    assert all(names in error.value.fix for names in known)
 
 
 def test_each_value_knows_where_it_comes_from():
@@ -99,6 +121,8 @@ def test_a_layout_that_does_not_fit_is_refused_before_it_runs(change, words):
         ("from jaxtrain.config import RunConfg", "RunConfg"),
         ("config = (", "SyntaxError"),
         ("from jaxtrain.config import RunConfig\nconfig = RunConfig(nam='x')", "nam"),
+        ("import math\n\nconfig = 1 / 0", "line 3: ZeroDivisionError"),
+        ("open('/nowhere/at/all')", "line 1: FileNotFoundError"),
     ],
 )
 def test_a_config_file_that_does_not_load_says_why(tmp_path, text, words):

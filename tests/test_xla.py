@@ -75,6 +75,11 @@ def test_an_unknown_flag_is_refused_with_the_closest_known_one(where):
     assert ("XLA_FLAGS" in error.value.what) == (where == "environment")
 
 
+def test_the_flags_of_a_config_are_checked_where_there_is_no_gpu_too():
+    with pytest.raises(ConfigError, match="xla.gpu of the config has 'xla_gpu_nonsense'"):
+        flags_after(XlaFlags(gpu=("xla_gpu_nonsense=1",)), JAX_PLATFORMS="cpu")
+
+
 def test_every_flag_that_xla_itself_lists_is_known(known):
     listed = set(re.findall(r"^\s+--(xla_\w+)=", xla_says("--help"), re.MULTILINE))
     assert len(listed) > 50

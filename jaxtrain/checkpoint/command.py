@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxtrain.errors import CheckpointError, ConfigError, closest
+from jaxtrain.overrides import read
 
 Where = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_DIR[@STEP]")]]
 
@@ -21,7 +22,14 @@ Where = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_DIR[@STEP
 class One:
     """Which checkpoint."""
 
-    where: Where  # RUN_DIR, its checkpoints folder or one checkpoint; RUN_DIR@STEP picks one, else it is the newest
+    where: Where  # RUN_DIR, its checkpoints folder or one checkpoint; RUN_DIR@STEP picks one, else the newest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Some:
+    """Which checkpoints."""
+
+    where: Where  # RUN_DIR, its checkpoints folder or one checkpoint; RUN_DIR@STEP picks one, else all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +57,16 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"jaxtrain checkpoint has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # beside a run, whose GPUs are full
     kind, run = VERBS[argv[0]]
-    return run(tyro.cli(kind, args=argv[1:], prog=f"jaxtrain checkpoint {argv[0]}", description=run.__doc__))
+    return run(read(f"jaxtrain checkpoint {argv[0]}", kind, argv[1:], description=run.__doc__))
 
 
-def list_(options: One) -> int:
-    """All checkpoints of a run: step, size, state, time, folder."""
+def list_(options: Some) -> int:
+    """All checkpoints of a run by step (size, number of arrays, digest, time), and what is unfinished."""
     from jaxtrain.checkpoint import files, load
 
-    directory = load.folder_of(Path(options.where))
-    rows = [_row(directory / str(step)) for step in files.steps(directory)]
-    if not rows:
-        raise CheckpointError(f"no checkpoint in {directory}.")
-    _print_table(("step", "GB", "arrays", "digest", "saved"), rows)
-    for path in files.leftovers(directory):
+    folders = load.located(options.where)
+    _print_table(("step", "GB", "arrays", "digest", "saved"), [_row(folder) for folder in folders])
+    for path in files.unfinished(folders[0].parent):
         print(f"unfinished  {path.name}")
     return 0
 
@@ -79,16 +84,11 @@ def show(options: One) -> int:
     return 0
 
 
-def verify(options: One) -> int:
-    """Read every byte of a checkpoint; name damaged files and arrays (exit code 1)."""
+def verify(options: Some) -> int:
+    """Read every byte of all checkpoints of a run, or of one; name damaged files and arrays (exit code 1)."""
     from jaxtrain.checkpoint import load
-    from jaxtrain.checkpoint.verify import damage
 
-    folder = load.locate(options.where)
-    lines = damage(folder)
-    print("\n".join(lines) or "every file and every array is as it was written")
-    print(f"step {folder.name} is {'damaged' if lines else 'whole'}")
-    return 1 if lines else 0
+    return 0 if all([_verified(folder) for folder in load.located(options.where)]) else 1
 
 
 def diff(options: Two) -> int:
@@ -116,15 +116,17 @@ def export(options: Export) -> int:
     from jaxtrain.checkpoint import load
     from jaxtrain.checkpoint.export import export as write
 
+    if options.shard_gb <= 0:
+        raise ConfigError(f"--shard-gb {options.shard_gb} is no size.", rule="a positive number")
     for path in write(load.locate(options.where), Path(options.out), int(options.shard_gb * 1e9)):
         print(path)
     return 0
 
 
 VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
-    "list": (One, list_),
+    "list": (Some, list_),
     "show": (One, show),
-    "verify": (One, verify),
+    "verify": (Some, verify),
     "diff": (Two, diff),
     "hash": (One, hash_),
     "export": (Export, export),
@@ -143,6 +145,20 @@ def _row(folder: Path) -> tuple[Any, ...]:
         return folder.name, "", "", error.what, saved
     size = sum(entry.size for entry in found.files.values())
     return found.step, f"{size / 1e9:.3f}", len(found.arrays), found.digest[:16], saved
+
+
+def _verified(folder: Path) -> bool:
+    """Says what is wrong with one checkpoint; False where something is. One that a run deletes meanwhile was whole."""
+    from jaxtrain.checkpoint import files
+    from jaxtrain.checkpoint.verify import damage
+
+    kept = folder / files.MANIFEST
+    lines = damage(folder) if kept.is_file() else []
+    if not kept.is_file():
+        print(f"step {folder.name} was deleted meanwhile", flush=True)
+        return True
+    print(f"step {folder.name} is {'damaged' if lines else 'whole'}", *lines, sep="\n  ", flush=True)
+    return not lines
 
 
 def _axes(spec: list[Any]) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from jaxtrain.checkpoint import files, manifest, verify
-from jaxtrain.checkpoint.manifest import ArrayEntry
+from jaxtrain.checkpoint.manifest import ArrayEntry, Manifest
 from jaxtrain.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9
@@ -22,8 +26,6 @@ def export(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> list[Path
     Tensors are named by their path below params, joined by ".", and verified as they are read; one shard is in memory
     at a time. Raises CheckpointError, DamagedError.
     """
-    from safetensors.numpy import save_file
-
     found = manifest.read(folder)
     entries = {name: entry for name, entry in found.arrays.items() if name.startswith("params/")}
     if not entries or any(out.glob("model*.safetensors*")):
@@ -37,12 +39,27 @@ def export(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> list[Path
         raise CheckpointError(f"cannot write into {out}.", got=error.strerror, fix="another --out") from error
     groups = list(_groups(entries, shard_bytes))
     paths = [out / _file_name(i, len(groups)) for i in range(len(groups))]
-    for path, names in zip(paths, groups):
-        tensors = {_tensor_name(name): verify.host_array(folder, found, name) for name in names}
-        save_file(tensors, path, metadata={"format": "pt", "step": str(found.step), "digest": found.digest})
-    if len(groups) > 1:
-        paths.append(_write_index(out, entries, dict(zip(paths, groups))))
+    try:
+        for path, names in zip(paths, groups):
+            _write(path, {_tensor_name(name): verify.host_array(folder, found, name) for name in names}, found)
+        if len(groups) > 1:
+            paths.append(_write_index(out, entries, dict(zip(paths, groups))))
+    except BaseException as error:
+        for path in out.glob("model*.safetensors*"):  # half a model
+            path.unlink()
+        if isinstance(error, (OSError, SafetensorError)):
+            fix = "free space, or another --out"
+            raise CheckpointError(f"cannot write into {out}.", got=manifest.in_words(error), fix=fix) from error
+        raise
     return paths
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray], found: Manifest) -> None:
+    """safetensors' files are for their owner alone; this one is as the umask says, like any other."""
+    save_file(tensors, path, metadata={"format": "pt", "step": str(found.step), "digest": found.digest})
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _groups(entries: dict[str, ArrayEntry], shard_bytes: int) -> Iterator[list[str]]:

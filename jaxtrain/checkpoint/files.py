@@ -77,6 +77,12 @@ def leftovers(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*") if path.suffix in (SAVING, DELETING) and path.stem.isdecimal())
 
 
+def unfinished(directory: Path) -> list[Path]:
+    """What is no checkpoint but has a checkpoint's name: leftovers, and steps without a manifest, as a copy cut short."""
+    steps = (path for path in directory.glob("*") if path.name.isdecimal() and not (path / MANIFEST).is_file())
+    return sorted([*leftovers(directory), *steps])
+
+
 def delete(folder: Path) -> None:
     """Removes a checkpoint; killed in between, it leaves something that is no checkpoint."""
     doomed = folder.with_name(f"{folder.name}{DELETING}")

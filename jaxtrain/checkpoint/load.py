@@ -17,6 +17,7 @@ from jaxtrain.checkpoint.describe import ARRAYS
 from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest, in_words
 from jaxtrain.checkpoint.names import named, nested, renamed
 from jaxtrain.checkpoint.policy import CheckpointConfig
+from jaxtrain.cluster import few
 from jaxtrain.errors import CheckpointError, closest
 
 _SMALL_BYTES = 2**20  # files up to here are read whole before a restore; larger ones hold arrays, checked by their hashes
@@ -57,25 +58,38 @@ def restore_whole(folder: Path, abstract: Any, deadline: Deadline) -> tuple[Any,
 
 
 def locate(path: str | Path) -> Path:
-    """The folder of one checkpoint. Raises CheckpointError where there is none, naming the steps that there are."""
-    directory, step = _split(path)
-    if step is None and (directory / files.MANIFEST).is_file():
-        return directory.absolute()
-    directory = folder_of(directory)
+    """The folder of one checkpoint, the newest where `path` names none. Raises CheckpointError."""
+    return located(path)[-1]
+
+
+def located(path: str | Path) -> list[Path]:
+    """The folders of the checkpoints that `path` names, by step: RUN_DIR or its checkpoints folder names all of them.
+
+    Raises CheckpointError where there is none, naming what there is.
+    """
+    run, step = _split(path)
+    if step is None and (run / files.MANIFEST).is_file():
+        return [run.absolute()]
+    directory = (run / "checkpoints" if (run / "checkpoints").is_dir() else run).absolute()
     steps = files.steps(directory)
-    if not steps or (step is not None and step not in steps):
+    chosen = [directory / str(s) for s in steps if step in (None, s)]
+    if not chosen:
+        begun = few([path.name for path in files.unfinished(directory)])
         raise CheckpointError(
             f"no checkpoint {'' if step is None else f'of step {step} '}in {directory}.",
-            got=f"steps {', '.join(map(str, steps))}" if steps else "none",
+            got=f"steps {few(steps)}" if steps else f"unfinished {begun}" if begun else "none",
             rule=f"a checkpoint is a folder STEP with {files.MANIFEST}, which is written last",
+            fix=f"{run}@{min(steps, key=lambda s: abs(s - step))}" if steps else _elsewhere(run),
         )
-    return directory / str(steps[-1] if step is None else step)
+    return chosen
 
 
-def folder_of(directory: Path) -> Path:
-    """The folder of checkpoints: RUN_DIR/checkpoints, or the folder itself."""
-    inner = directory / "checkpoints"
-    return (inner if inner.is_dir() else directory).absolute()
+def _elsewhere(run: Path) -> str:
+    """Where a user who finds no checkpoint gets one."""
+    near = (path for folder in (run, run.parent) for path in folder.glob(f"*/checkpoints/*/{files.MANIFEST}"))
+    runs = sorted({str(path.parents[2]) for path in near})
+    saves = "a run saves one every checkpoint.every steps and at its end"
+    return f"{saves}; these have some: {few(runs)}" if runs else saves
 
 
 def damaged_files(folder: Path, found: Manifest, *, up_to: float, part: slice = slice(None)) -> list[str]:

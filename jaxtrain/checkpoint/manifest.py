@@ -72,7 +72,8 @@ def read(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no checkpoint.", rule=f"a checkpoint is a folder with {MANIFEST}") from error
+        rule, fix = f"a checkpoint is a folder with {MANIFEST}", "jaxtrain checkpoint list RUN_DIR"
+        raise CheckpointError(f"{folder} is no checkpoint.", rule=rule, fix=fix) from error
     try:
         fields = json.loads(data)
         intact = _bytes({name: value for name, value in fields.items() if name not in ("format", "sha256")}) == data

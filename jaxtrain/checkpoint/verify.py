@@ -15,9 +15,14 @@ from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest, in_
 _BLOCK = 2**22  # elements compared at a time
 
 
-def damage(folder: Path) -> list[str]:
-    """A line for each damaged file and each damaged array; [] for a whole checkpoint. Raises CheckpointError if there is none.
+class UnreadableError(DamagedError):
+    """An array of which not even damaged bytes can be had."""
 
+
+def damage(folder: Path) -> list[str]:
+    """A line for each damaged file and array, one for all arrays that cannot be read; [] for a whole checkpoint.
+
+    Raises CheckpointError if there is none.
     Files are read once for their checksums, then every array by itself for its content hash: host memory holds one.
     """
     try:
@@ -25,11 +30,17 @@ def damage(folder: Path) -> list[str]:
     except DamagedError as error:
         return [f"file   {error.what}"]
     lines = [f"file   {line}" for line in load.damaged_files(folder, found, up_to=math.inf)]
+    unreadable = {}
     for name in found.arrays:
         try:
             host_array(folder, found, name)
+        except UnreadableError as error:
+            unreadable[name] = error.got
         except DamagedError as error:
             lines.append(f"array  {error.got}")
+    if unreadable:  # the same damage says much the same of each
+        names = ", ".join(unreadable) if len(unreadable) < len(found.arrays) else f"all {len(unreadable)}"
+        lines.append(f"array  {names} cannot be read: {next(iter(unreadable.values()))}")
     return lines
 
 
@@ -41,7 +52,7 @@ def host_array(folder: Path, found: Manifest, name: str) -> np.ndarray:
     try:
         x = storage.read_host(folder / ARRAYS, [name])[name]
     except Exception as error:  # for damage, Orbax and TensorStore raise ValueError and bare Exception too
-        raise _damaged(folder, f"{name} cannot be read: {in_words(error.__cause__ or error)}") from error
+        raise UnreadableError(f"{folder}: {name} cannot be read.", got=in_words(error.__cause__ or error)) from error
     if (x.shape, str(x.dtype)) != (entry.shape, entry.dtype):
         raise _damaged(folder, f"{name} is {x.dtype}{list(x.shape)}, written was {_kind(entry)}")
     if lines := load.differing(found, hashing.total([hashing.Hashing({name: jnp.asarray(x)}).sums()])):

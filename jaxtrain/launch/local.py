@@ -34,7 +34,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """jaxtrain launch [--processes N] [--devices-per-process N] CONFIG [flags and overrides of jaxtrain train]"""
-    if not argv or "-h" in argv or "--help" in argv:
+    if "-h" in argv or "--help" in argv:
         flags = "\n".join(f"  --{f.name.replace('_', '-')} N (default: {f.default})" for f in fields(Options))
         print(f"usage: {main.__doc__}\n\n{flags}")
         return 0
@@ -59,7 +59,8 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
             )
         values[name] = _count(flag, value if equals else words.pop(0) if words else "")
     if not words:
-        raise ConfigError("jaxtrain launch needs a CONFIG.", got=" ".join(argv), rule=main.__doc__ or "")
+        got, fix = " ".join(argv) or "nothing", "a file such as configs/quickstart.py"
+        raise ConfigError("jaxtrain launch needs a CONFIG.", got=got, rule=main.__doc__ or "", fix=fix)
     return Options(**values), words
 
 

@@ -1,13 +1,15 @@
 """`jaxtrain checkpoint`: what each verb prints and returns, and files that other libraries read."""
 
+import errno
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxtrain.checkpoint import digest, manifest
+from jaxtrain.checkpoint import digest, files, manifest, verify
 from jaxtrain.checkpoint.command import main
 from jaxtrain.checkpoint.export import export
 from jaxtrain.errors import CheckpointError, ConfigError
@@ -36,6 +38,9 @@ def test_list_shows_every_checkpoint_and_what_is_unfinished(run_dir, folder, cap
     head, *rows = lines(capsys)
     assert head == ["step", "GB", "arrays", "digest", "saved"]
     assert [row[0] for row in rows] == ["1", "2", "unfinished"] and rows[0][3] == digest(STATE)[:16]
+    (folder / "4").mkdir()  # as a copy that was cut short leaves it
+    assert main(["list", f"{run_dir}@2"]) == 0
+    assert [row[0] for row in lines(capsys)] == ["step", "2", "unfinished", "unfinished"]
 
 
 def test_show_says_what_the_manifest_says(run_dir, capsys):
@@ -62,6 +67,50 @@ def test_verify_returns_one_and_names_what_is_damaged(run_dir, folder, capsys):
     assert path.name in said and "array  params/w does not have the content" in said and "params/b" not in said
 
 
+def test_verify_reads_every_checkpoint_of_a_run_and_says_once_why_arrays_cannot_be_read(run_dir, folder, capsys):
+    assert main(["verify", str(run_dir)]) == 0
+    assert capsys.readouterr().out == "step 1 is whole\nstep 2 is whole\n"
+    with open(folder / "1" / "state" / "_METADATA", "a") as file:
+        file.write("x")
+    assert main(["verify", str(run_dir)]) == 1
+    first, file, array, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == ("step 1 is damaged", "step 2 is whole")
+    assert file.startswith("  file   state/_METADATA has ") and array.startswith("  array  all 3 cannot be read: ")
+    assert main(["verify", f"{run_dir}@2"]) == 0
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(run_dir, folder, capsys, monkeypatch):
+    def damage(path):
+        files.delete(path)
+        return ["file   state is missing"]
+
+    monkeypatch.setattr(verify, "damage", damage)
+    assert main(["verify", f"{run_dir}@1"]) == 0
+    assert capsys.readouterr().out == "step 1 was deleted meanwhile\n"
+
+
+def test_where_there_is_no_checkpoint_the_fix_names_one(run_dir, folder):
+    (run_dir.parent / "begun" / "checkpoints" / "5.saving").mkdir(parents=True)
+    for verb in ("list", "show", "verify"):
+        for name, got, fix in (
+            ("run@7", "steps 1, 2", f"{run_dir}@2"),
+            ("begun", "unfinished 5.saving", f"these have some: {run_dir}"),
+            ("nowhere", "none", f"these have some: {run_dir}"),
+            (".", "none", f"these have some: {run_dir}"),
+        ):
+            with pytest.raises(CheckpointError, match="no checkpoint") as error:
+                main([verb, str(run_dir.parent / name)])
+            assert error.value.got == got and error.value.fix.endswith(fix)
+
+
+@pytest.mark.parametrize("words", ["list", "show", "diff one", "export one", "verify one two", "list one --all"])
+def test_words_that_a_verb_does_not_take_are_answered_in_our_form(words):
+    with pytest.raises(ConfigError, match=f"`jaxtrain checkpoint {words}` cannot be run") as error:
+        main(words.split())
+    assert error.value.got.startswith(("Missing from", "Unrecognized options"))
+    assert error.value.fix.startswith(f"jaxtrain checkpoint {words.split()[0]} --help")
+
+
 def test_diff_compares_array_by_array(run_dir, capsys):
     assert main(["diff", f"{run_dir}@1", f"{run_dir}@1"]) == 0
     assert ["3", "of", "3", "arrays", "are", "equal"] in lines(capsys)
@@ -80,6 +129,27 @@ def test_exported_parameters_are_read_by_safetensors(run_dir, tmp_path, capsys):
     np.testing.assert_array_equal(tensors["w"], STATE["params"]["w"])
     with pytest.raises(CheckpointError, match="holds a model already"):
         main(["export", f"{run_dir}@1", "--out", str(tmp_path / "out")])
+
+
+def test_an_export_is_as_open_as_the_umask_says(run_dir, folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        paths = export(folder / "1", tmp_path / "out", shard_bytes=1)
+    finally:
+        os.umask(before)
+    assert len(paths) == 3 and {path.stat().st_mode & 0o777 for path in paths} == {0o640}
+
+
+def test_an_export_onto_a_full_disk_is_an_error_and_leaves_nothing_in_the_way(run_dir, folder, tmp_path, monkeypatch):
+    def save_file(tensors, path, metadata):
+        if path.exists() or "00002" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(b"first")
+
+    monkeypatch.setattr("jaxtrain.checkpoint.export.save_file", save_file)
+    with pytest.raises(CheckpointError, match="(?s)cannot write into.*No space left on device.*fix"):
+        export(folder / "1", tmp_path / "out", shard_bytes=1)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_large_exports_are_cut_into_files_with_an_index(opened, folder, tmp_path):

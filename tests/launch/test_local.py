@@ -153,7 +153,7 @@ def test_own_flags_come_before_the_config_and_the_rest_is_the_trainers():
         (["--processes", "two", "c.py"], "--processes needs a number", ""),
         (["--processes=0", "c.py"], "--processes needs a number", ""),
         (["--processes"], "--processes needs a number", ""),
-        (["--processes", "2"], "needs a CONFIG", ""),
+        (["--processes", "2"], "needs a CONFIG", "a file such as configs/quickstart.py"),
     ],
 )
 def test_a_wrong_command_line_says_what_is_wrong(argv, what, fix):
@@ -162,7 +162,7 @@ def test_a_wrong_command_line_says_what_is_wrong(argv, what, fix):
     assert error.value.fix.startswith(fix)
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"]])
+@pytest.mark.parametrize("argv", [["-h"], ["--help"]])
 def test_help_shows_the_flags(argv, capsys):
     assert main(argv) == 0
     assert "--devices-per-process N (default: 1)" in capsys.readouterr().out
