@@ -60,10 +60,10 @@ Rates = dict[str, tuple[float, float]]
 
 def prepare_rates(source: Text, folder: Path, workers: int) -> Rates:
     """Bytes of input."""
-    texts = list(source_documents(source))
+    texts = [document.text for document in source_documents(source)]
     size = sum(map(len, texts))
     value = replace(source.tokenizer, file=str(folder / "tokenizer.json"))
-    train_bpe(texts[:500], value, 8192)
+    train_bpe((text.decode("utf-8", "replace") for text in texts[:500]), value, 8192)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer, some = open_tokenizer(value), texts[: len(texts) // 4]
     rows = {"tokenizer alone, bytes": rates(sum(map(len, some)), lambda: tokenizer.encode_documents(some))}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.source import HuggingFace, Jsonl, Parquet, Source, Text, check_disjoint, parts
-from jaxtrain.errors import ConfigError, closest
+from jaxtrain.errors import ConfigError, DataError, closest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +61,13 @@ def prepare(config: Any, options: PrepareOptions) -> None:
     from jaxtrain.data.dataset import tokenizer_of
     from jaxtrain.data.prepare import prepared
 
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"--workers {options.workers} is no number of processes.", rule="at least 1")
     if config.eval:
         check_disjoint(config.data, config.eval.data)
     for source in _sources(config):
         tokenizer_of(source, config.model.vocab_size)  # raises now what training would raise later
-    for part in _file_parts(*_sources(config)):
+    for part in _prepared_parts(config):
         folder = prepared(part, _cache(config, options), prepare=True, workers=options.workers)
         print(f"{_summary(folder)}  {part.split:<7}  {', '.join(part.files)}")
 
@@ -76,8 +77,11 @@ def verify(config: Any, options: Options) -> None:
     from jaxtrain.data.prepare import find
     from jaxtrain.data.shards import Shards
 
-    for part in _file_parts(*_sources(config)):
+    for part in _prepared_parts(config):
         folder = find(part, _cache(config, options))
+        if not (folder / "index.json").exists():
+            got, fix = f"no index.json in {folder}", "jaxtrain data prepare CONFIG, or the --cache-dir that it was given"
+            raise DataError(f"the {part.split} data is not prepared.", got=got, fix=fix)
         print(f"{folder}  {Shards(folder).verify():,} bytes of tokens are as written")
 
 
@@ -101,24 +105,34 @@ def order(config: Any, options: OrderOptions) -> None:
 
 def train_tokenizer(config: Any, options: TrainOptions) -> None:
     """Train a byte-level BPE on the training text and write it to the file that the config's tokenizer names."""
-    from jaxtrain.data.dataset import source_documents
-    from jaxtrain.data.files import hashed_out
     from jaxtrain.data.reading import source_files
     from jaxtrain.data.tokenizer import train_bpe
 
-    values = [getattr(part, "tokenizer", None) for part in parts(config.data)]
-    value = next((value for value in values if isinstance(value, HuggingFace)), None)
-    if value is None:
+    sources = [part for part in _file_parts(config.data) if isinstance(part.tokenizer, HuggingFace)]
+    if not sources:
         raise ConfigError(
             "the config's data has no tokenizer to train.",
             rule='a source with tokenizer=HuggingFace(file="tokenizer.json")',
         )
-    texts = itertools.chain.from_iterable(source_documents(part) for part in parts(config.data))
-    size = sum(file.size for part in _file_parts(config.data) for file in source_files(part))
-    if size > options.max_bytes:  # hashed with a prefix, as the bare hash decides what is held out
-        texts = (text for text in texts if hashed_out(b"tokenizer" + text, options.max_bytes / size))
+    value, size = sources[0].tokenizer, sum(file.size for part in sources for file in source_files(part))
+    texts = _texts(sources, options.max_bytes / max(size, 1))
     train_bpe(texts, value, options.vocab_size or config.model.vocab_size)
     print(value.file)
+
+
+def _texts(sources: list[Text | Jsonl | Parquet], share: float) -> Iterator[str]:
+    """A share of the sources' documents. Raises DataError for what is not UTF-8, in whichever document."""
+    from jaxtrain.data.dataset import source_documents
+    from jaxtrain.data.files import hashed_out
+    from jaxtrain.data.prepare import not_utf8
+
+    for part, document in ((part, document) for part in sources for document in source_documents(part)):
+        try:
+            text = document.text.decode("utf-8", part.tokenizer.errors)
+        except UnicodeDecodeError as error:
+            raise not_utf8(part, document, error.start) from error
+        if hashed_out(b"tokenizer" + document.text, share):  # the bare hash decides what is held out
+            yield text
 
 
 VERBS = {
@@ -137,6 +151,15 @@ def _file_parts(*sources: Source) -> Iterator[Text | Jsonl | Parquet]:
     """The parts that are prepared; others are read in place."""
     unique = dict.fromkeys(part for source in sources for part in parts(source))
     return (part for part in unique if isinstance(part, Text | Jsonl | Parquet))
+
+
+def _prepared_parts(config: Any) -> list[Text | Jsonl | Parquet]:
+    """Of training and evaluation; where there is none, says so."""
+    sources = _sources(config)
+    if not (found := list(_file_parts(*sources))):
+        kinds = {type(part).__name__: None for source in sources for part in parts(source)}
+        print(f"nothing to prepare: {', '.join(kinds)} data is read in place")
+    return found
 
 
 def _cache(config: Any, options: Options) -> Path:

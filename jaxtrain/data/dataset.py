@@ -12,6 +12,7 @@ from jaxtrain.data import reading
 from jaxtrain.data.order import Sequential, Shuffled
 from jaxtrain.data.packing import pack
 from jaxtrain.data.prepare import prepared
+from jaxtrain.data.reading import Document
 from jaxtrain.data.shards import Shards
 from jaxtrain.data.source import Megatron, Mixture, Plain, Source, Synthetic, parts
 from jaxtrain.data.stream import MegatronStream, Stream, SyntheticStream
@@ -195,15 +196,15 @@ class Dataset:
     def documents(self) -> Iterator[bytes]:
         """The raw bytes of the split's documents, in order, as the files hold them. Raises DataError without text."""
         for part in parts(self.source):
-            yield from source_documents(part)
+            yield from (document.text for document in source_documents(part))
 
 
-def source_documents(part: Plain) -> Iterator[bytes]:
-    """The raw bytes of one source's documents. Raises DataError where the source holds ids and no text."""
+def source_documents(part: Plain) -> Iterator[Document]:
+    """One source's documents. Raises DataError where the source holds ids and no text."""
     if isinstance(part, Megatron | Synthetic):
         raise DataError(
             f"{type(part).__name__} holds ids and no text.", rule="documents() reads Text, Jsonl or Parquet"
         )
     for pieces in reading.shards(part):
         for piece in pieces:
-            yield from (document.text for document in reading.documents(part, piece))
+            yield from reading.documents(part, piece)

@@ -105,7 +105,10 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _make(source: Source, folder: Path, workers: int) -> None:
     plan = reading.shards(source)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise shards.unwritable(folder, error) from error
     todo = {n: pieces for n, pieces in enumerate(plan) if not (folder / f"{n:05}.json").exists()}
     _run(source, folder, todo, workers, total=sum(p.size for pieces in plan for p in pieces))
     if find(source, folder.parent) != folder:
@@ -224,7 +227,7 @@ def _tokenised(source: Source, tokenizer: OpenTokenizer, pieces: list[Piece]) ->
         try:
             encoded = tokenizer.encode_documents([document.text for document in batch])
         except UndecodableText as error:
-            raise _not_utf8(source, batch[error.index], error) from error
+            raise not_utf8(source, batch[error.index], error.offset) from error
         for document, ids in zip(batch, encoded, strict=True):
             yield document, np.concatenate([ids.astype(dtype, copy=False), end])
 
@@ -242,12 +245,13 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _not_utf8(source: Source, document: Document, error: UndecodableText) -> DataError:
+def not_utf8(source: Source, document: Document, offset: int) -> DataError:
+    """The error for a document that the source's tokenizer refuses at this byte."""
     where = f" of the document {_mark(source)}{document.number}" if _mark(source) else ""
     assert isinstance(source.tokenizer, HuggingFace), "bytes are never refused"
     return DataError(
-        f"{document.file.path} is not UTF-8 at byte {error.offset}{where}.",
-        got=f"byte 0x{error.byte:02x}",
+        f"{document.file.path} is not UTF-8 at byte {offset}{where}.",
+        got=f"byte 0x{document.text[offset]:02x}",
         rule="a tokenizer.json reads UTF-8 text",
         fix=f"exclude the file, HuggingFace(file={source.tokenizer.file!r}, errors='replace'), or Bytes()",
     )

@@ -18,7 +18,7 @@ import socket
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,11 +42,16 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(scratch, path)
     except OSError as error:
         if not path.exists():  # else another process finished the same folder and swept up
-            raise RunError(
-                f"{path} cannot be written.", got=f"{error}", fix="space or rights there, or --cache-dir"
-            ) from error
+            raise unwritable(path, error) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
+
+
+def unwritable(path: Path, error: OSError) -> RunError:
+    """The error for a file or folder that the disk refuses."""
+    fix = "a folder that is there, space and rights; --cache-dir puts prepared data elsewhere"
+    return RunError(f"{path} cannot be written.", got=f"{error}", fix=fix)
 
 
 def block_crcs(tokens: np.ndarray) -> np.ndarray:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from jaxtrain.data.shards import atomic
 from jaxtrain.data.source import Bytes, HuggingFace
 from jaxtrain.errors import ConfigError, DataError, closest
 
@@ -51,9 +51,9 @@ class OpenTokenizer(Protocol):
 class UndecodableText(Exception):
     """Document `index` of those given is not UTF-8 at byte `offset`."""
 
-    def __init__(self, index: int, offset: int, byte: int):
-        super().__init__(index, offset, byte)
-        self.index, self.offset, self.byte = index, offset, byte
+    def __init__(self, index: int, offset: int):
+        super().__init__(index, offset)
+        self.index, self.offset = index, offset
 
 
 def open_tokenizer(value: Bytes | HuggingFace) -> OpenTokenizer:
@@ -110,7 +110,7 @@ class BpeTokenizer:
         try:
             return text.decode("utf-8", self._errors)
         except UnicodeDecodeError as error:
-            raise UndecodableText(index, error.start, text[error.start]) from None
+            raise UndecodableText(index, error.start) from None
 
     def token_bytes(self) -> np.ndarray | None:
         import json
@@ -184,14 +184,14 @@ def _special(tokenizer: Any, value: HuggingFace) -> int:
     return specials[value.end_of_document]
 
 
-def train_bpe(texts: Iterable[bytes], value: HuggingFace, vocab_size: int) -> None:
-    """Trains a byte-level BPE on the texts and writes it to `value.file`; what is not UTF-8 is read with U+FFFD.
+def train_bpe(texts: Iterable[str], value: HuggingFace, vocab_size: int) -> None:
+    """Trains a byte-level BPE on the texts and writes it to `value.file`.
 
-    Raises ConfigError where the file exists or the vocabulary cannot hold the bytes, DataError for too little text.
+    Raises ConfigError where the file exists or the vocabulary cannot hold the bytes, DataError for too little text,
+    RunError where the disk refuses, before the training.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    if Path(value.file).exists():
+    path = Path(value.file).expanduser()
+    if path.exists():
         raise ConfigError(
             f"{value.file} exists.", rule="a tokenizer is not replaced under data made with it", fix="remove it"
         )
@@ -199,6 +199,13 @@ def train_bpe(texts: Iterable[bytes], value: HuggingFace, vocab_size: int) -> No
         raise ConfigError(
             f"vocab_size = {vocab_size} is too small.", rule="256 bytes and one special token at the least"
         )
+    with atomic(path) as file:
+        file.write(_trained(texts, value, vocab_size).encode())
+
+
+def _trained(texts: Iterable[str], value: HuggingFace, vocab_size: int) -> str:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -211,13 +218,11 @@ def train_bpe(texts: Iterable[bytes], value: HuggingFace, vocab_size: int) -> No
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text.decode("utf-8", "replace") for text in texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise DataError(
             f"the text is too small for {vocab_size} tokens.",
             got=f"{tokenizer.get_vocab_size()} tokens before no pair was left to merge",
             fix=f"vocab_size = {tokenizer.get_vocab_size()} or less, or more text",
         )
-    scratch = Path(f"{value.file}.{os.getpid()}.tmp")
-    tokenizer.save(str(scratch))
-    os.replace(scratch, value.file)
+    return tokenizer.to_str(pretty=True)

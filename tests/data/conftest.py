@@ -30,5 +30,5 @@ def corpus(tmp_path: Path) -> dict[str, bytes]:
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
     """A byte-level BPE of 300 tokens."""
     value = HuggingFace(file=str(tmp_path_factory.mktemp("bpe") / "tokenizer.json"))
-    train_bpe((text(seed, 500) for seed in range(20)), value, vocab_size=300)
+    train_bpe((text(seed, 500).decode() for seed in range(20)), value, vocab_size=300)
     return value

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.data import command
-from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.errors import ConfigError, DataError, RunError
 
 CONFIG = """
 import dataclasses
@@ -96,6 +96,46 @@ def test_a_tokenizer_is_trained_into_the_file_that_the_config_names(config, tmp_
     assert "tokenizer.json" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no tokenizer to train"):
         run("train-tokenizer", config("text"))
+
+
+def test_a_tokenizer_is_not_trained_on_text_that_training_refuses(config, tmp_path):
+    run("train-tokenizer", config("bpe"), "--vocab-size", "300")
+    (tmp_path / "corpus" / "a" / "bad.txt").write_bytes(b"fine \xff")
+    said = []
+    for verb, *flags in (["prepare"], ["train-tokenizer", "--vocab-size", "300"]):
+        with pytest.raises(DataError, match="bad.txt is not UTF-8 at byte 5") as caught:
+            run(verb, config("bpe"), *flags, "--data.holdout", "0.0", "--eval", "None")
+        (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    lenient = ("--data.tokenizer.errors", "replace", "--eval.data.tokenizer.errors", "replace")
+    assert run("train-tokenizer", config("bpe"), "--vocab-size", "300", *lenient) == 0
+
+
+def test_a_tokenizer_that_cannot_be_written_is_refused_before_it_is_trained(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtrain.data.tokenizer._trained", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(RunError, match="(?s)nowhere/t.json cannot be written.*fix"):
+        run("train-tokenizer", config("bpe"), "--data.tokenizer.file", str(tmp_path / "nowhere" / "t.json"))
+
+
+def test_data_that_is_read_in_place_needs_no_preparing_and_that_is_said(tmp_path, capsys):
+    path = tmp_path / "config.py"
+    path.write_text("from tests.tiny import TINY as config")
+    for verb in ("prepare", "verify"):
+        assert run(verb, str(path)) == 0
+        assert capsys.readouterr().out == "nothing to prepare: Synthetic data is read in place\n"
+
+
+def test_data_that_is_not_prepared_is_said_to_be_so(config):
+    with pytest.raises(DataError, match="(?s)train data is not prepared.*jaxtrain data prepare CONFIG"):
+        run("verify", config())
+
+
+def test_what_prepare_cannot_do_is_refused_with_a_message(config, tmp_path):
+    with pytest.raises(ConfigError, match="--workers 0 is no number of processes"):
+        run("prepare", config(), "--workers", "0")
+    with pytest.raises(RunError, match="(?s)cannot be written.*fix"):
+        run("prepare", config(), "--cache-dir", str(tmp_path / "config.py"))
 
 
 def test_a_vocabulary_that_is_too_small_is_refused_before_preparing(config, tmp_path):

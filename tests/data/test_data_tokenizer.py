@@ -85,7 +85,7 @@ def test_a_long_document_is_encoded_in_parts_to_the_same_ids(bpe, monkeypatch):
 def test_text_that_is_not_utf8_is_refused_or_replaced(bpe):
     with pytest.raises(UndecodableText) as caught:
         open_tokenizer(bpe).encode_documents([b"fine", b"ab\xff"])
-    assert (caught.value.index, caught.value.offset, caught.value.byte) == (1, 2, 0xFF)
+    assert (caught.value.index, caught.value.offset) == (1, 2)
     lenient = open_tokenizer(replace(bpe, errors="replace"))
     assert lenient.decode(lenient.encode_documents([b"ab\xffc"])[0]) == "ab\ufffdc"
 
@@ -106,14 +106,14 @@ def test_training_gives_the_vocabulary_asked_for_and_shorter_text(bpe):
 
 def test_training_does_not_replace_a_tokenizer(bpe):
     with pytest.raises(ConfigError, match="exists"):
-        train_bpe([b"a"], bpe, 300)
+        train_bpe(["a"], bpe, 300)
 
 
 @pytest.mark.parametrize(("size", "kind"), [(256, ConfigError), (5000, DataError)])
 def test_a_vocabulary_that_cannot_be_trained_is_refused_and_leaves_no_file(tmp_path, size, kind):
     value = HuggingFace(file=str(tmp_path / "t.json"))
     with pytest.raises(kind, match="too small"):
-        train_bpe([b"the cat sat"], value, size)
+        train_bpe(["the cat sat"], value, size)
     assert not list(tmp_path.iterdir())
 
 
