@@ -29,8 +29,11 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"jaxtrain has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
         return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
     except UserError as error:
+        runtime = sys.modules.get("jaxtrain.runtime")  # where there may be several processes
         sys.stdout.flush()
-        print(f"{_place()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"{runtime.place() if runtime else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if runtime:
+            runtime.last_words()
         return 2 if type(error) in (ConfigError, LayoutError, UserError) else 1
     except KeyboardInterrupt:
         return 130
@@ -39,15 +42,6 @@ def main(argv: list[str] | None = None) -> int:
 def _usage() -> str:
     rows = [f"  {verb:<11} {what}" for verb, (_, what) in VERBS.items()]
     return "\n".join(["usage: jaxtrain VERB ...", "", *rows, "", "jaxtrain VERB --help says more."])
-
-
-def _place() -> str:
-    """`[process 3/16 host] ` where there are several processes, else nothing."""
-    if "jaxtrain.runtime" not in sys.modules:
-        return ""
-    from jaxtrain import runtime
-
-    return runtime.place()
 
 
 def entry() -> None:

@@ -11,25 +11,32 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import meshes
 from jaxtrain import coordination
 from jaxtrain.cluster import Member, few, member
-from jaxtrain.errors import RunError
+from jaxtrain.errors import ConfigError, LayoutError, RunError
 from jaxtrain.meeting import meet
-from jaxtrain.xla import XlaFlags, add_flags, on_gpu, on_gpu
+from jaxtrain.xla import XlaFlags, add_flags, on_gpu
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PACKAGES = ("jaxtrain", "meshes", "models")
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the first's old name
+_LAST_S = 2.0  # for the other processes to say for themselves why they end
 _HEARD_S = 15.0  # for the other processes to hear a verdict before the first of them leaves
 _round = itertools.count()
 
@@ -75,9 +82,39 @@ def start(
     return _process
 
 
+def make_mesh(config: meshes.MeshConfig) -> Mesh:
+    """A mesh over all devices there are. Raises LayoutError where it does not fill them, RunError where there are none."""
+    import jax
+
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where JAX_PLATFORMS names a plugin that is missing
+        raise RunError(
+            "jax did not start its devices.",
+            got=" ".join(f"JAX_PLATFORMS={jax.config.jax_platforms or ''} {error}".split()),
+            rule="JAX_PLATFORMS is empty or names what this machine has and jax is installed for",
+            fix="JAX_PLATFORMS=cpu, or pip install 'jaxtrain[cuda13]' (cuda12 on older drivers)",
+        ) from error
+    try:
+        return meshes.make(config, devices)
+    except LayoutError as error:
+        sizes = list(vars(config).values())
+        needed = math.prod(size for size in sizes if size > 0)
+        if devices[0].platform != "cpu" or _process.count > 1 or sizes.count(-1) > 1 or needed <= len(devices):
+            raise
+        fix = f"{error.fix}, or --fake-devices {needed}"
+        raise LayoutError(error.what, got=error.got, rule=error.rule, fix=fix) from None
+
+
 def place() -> str:
     """`[process 3/16 host] `, the head of an error message; nothing where there is one process."""
     return f"[process {_process.index}/{_process.count} {_process.host}] " if _process.count > 1 else ""
+
+
+def last_words() -> None:
+    """Before this process ends in an error: process 0 holds what the others hang on, and without it they crash."""
+    if _process.lead and _process.count > 1:
+        time.sleep(_LAST_S)
 
 
 def barrier(name: str, deadline_s: float) -> None:
@@ -160,7 +197,7 @@ def _platform(fake_devices: int | None) -> None:
     if fake_devices is None:
         return
     if fake_devices < 1:
-        raise RunError(f"--fake-devices {fake_devices} is no number of devices.", rule="at least 1")
+        raise ConfigError(f"--fake-devices {fake_devices} is no number of devices.", rule="at least 1")
     try:
         jax.config.update("jax_num_cpu_devices", fake_devices)
         jax.config.update("jax_platforms", "cpu")

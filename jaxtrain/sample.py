@@ -23,10 +23,10 @@ def main(argv: list[str]) -> int:
     """jaxtrain sample CONFIG [--prompt TEXT ...] [--tokens N] [--temperature T] [overrides of the config]"""
     call = parse("jaxtrain sample", Options, argv, doc=main.__doc__)
     config, options = load(call.config, call.overrides), call.options
-    if options.tokens < 1 or options.temperature < 0:
-        raise ConfigError("--tokens is at least 1 and --temperature at least 0.", got=f"{options.tokens}, {options.temperature}")
+    if not options.prompt or options.tokens < 1 or options.temperature < 0:
+        got = f"{options.prompt}, {options.tokens}, {options.temperature}"
+        raise ConfigError("--prompt has a text, --tokens is at least 1 and --temperature at least 0.", got=got)
 
-    import meshes
     from jaxtrain import checkpoint, runtime
 
     runtime.start(fake_devices=call.process.fake_devices, xla=config.xla)
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     from jaxtrain.generate import generate
     from jaxtrain.train.state import Blueprint
 
-    blueprint = Blueprint(config, meshes.make(config.mesh))
+    blueprint = Blueprint(config, runtime.make_mesh(config.mesh))
     params = checkpoint.restore(config.run_dir, blueprint.abstract, only="params")
     tokenizer = tokenizer_of(config.data)
     if tokenizer is None:

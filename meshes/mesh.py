@@ -60,7 +60,7 @@ def _does_not_fill(sizes: dict[str, int], fixed: int, num_devices: int) -> Layou
     exact = -1 not in sizes.values()
     fits = {axis: _nearest(num_devices * size / fixed, size, exact) for axis, size in named.items()}
     return LayoutError(
-        f"the mesh cannot fill {num_devices} devices.",
+        f"the mesh cannot fill {_times(num_devices, 'device')}.",
         got=f"{product(named)} = {fixed}",
         rule=f"the product of all axes must {'equal' if exact else 'divide'} the number of devices",
         fix=" or ".join(f"mesh.{axis} = {size}" for axis, size in fits.items() if size) or "mesh.fsdp = -1",

@@ -86,10 +86,10 @@ class Config:
             if size < 1:
                 raise UserError(f"{name} = {size} is no size.", rule="at least 1")
         if self.num_heads % self.num_kv_heads:
-            got = f"num_heads {self.num_heads}, num_kv_heads {self.num_kv_heads}"
-            raise UserError("the query heads do not share the key heads evenly.", got=got, rule="a multiple")
+            raise _unshared(self.num_heads, self.num_kv_heads)
         if self.head_dim % 2:
-            raise UserError(f"head_dim = {self.head_dim} is odd.", rule="rotary positions turn pairs of dims")
+            fix = f"head_dim = {self.head_dim + 1}"
+            raise UserError(f"head_dim = {self.head_dim} is odd.", rule="rotary positions turn pairs of dims", fix=fix)
         if self.remat not in REMAT:
             raise UserError(f"remat = {self.remat!r} is not known.", fix=closest(self.remat, REMAT))
 
@@ -142,6 +142,16 @@ class Config:
 FIELDS = dict(V="vocab_size", D="dim", L="num_layers", N="num_heads", K="num_kv_heads", H="head_dim", F="ffn")
 STORED = FIELDS
 COMPUTED = FIELDS | dict(S="seq_len", R="seq_len")
+
+
+def _unshared(heads: int, kv_heads: int) -> UserError:
+    near = min((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: abs(n - kv_heads))
+    return UserError(
+        "the query heads do not share the key heads evenly.",
+        got=f"num_heads {heads}, num_kv_heads {kv_heads}",
+        rule="num_heads is a multiple of num_kv_heads",
+        fix=f"num_heads = {max(round(heads / kv_heads), 1) * kv_heads} or num_kv_heads = {near}",
+    )
 
 
 def _indivisible(field: str, size: int, axes: dict[str, int], together: int) -> LayoutError:

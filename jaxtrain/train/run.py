@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from signal import Signals
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 import meshes
 from jaxtrain import runtime
@@ -41,7 +41,8 @@ class Finished:
 
 def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool = False) -> int:
     """Trains or resumes; returns 0, or 128 + the signal that stopped it. Every process of the run calls it."""
-    check_layout(config, jax.device_count())
+    mesh = runtime.make_mesh(config.mesh)
+    check_layout(config, mesh.size)
     fingerprint = {k: str(v) for k, v in flatten(encode(config)).items()} | {"code": runtime.code_fingerprint()}
     runtime.compare_fingerprints(fingerprint, deadline_s=300)
     with ExitStack() as stack:
@@ -50,11 +51,10 @@ def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool =
             stack.callback(folder.close)
         runtime.barrier("run folder", deadline_s=300)
         stack.enter_context(process_log(config.run_dir, process.index))
-        return _run(config, process, stack, accept_changes)
+        return _run(config, mesh, process, stack, accept_changes)
 
 
-def _run(config: RunConfig, process: runtime.Process, stack: ExitStack, accept_changes: bool) -> int:
-    mesh = meshes.make(config.mesh)
+def _run(config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitStack, accept_changes: bool) -> int:
     blueprint = Blueprint(config, mesh)
     data = open_data(config, config.data, process.lead)
     evaluator = Evaluator(blueprint, process.lead) if config.eval else None
@@ -120,11 +120,14 @@ def _end(process: runtime.Process, finished: Finished) -> None:
             _say(process, line)
     if process.lead:
         if (config.run_dir / "metrics.jsonl").exists():
-            print(f"loss plot   {plot_loss(config.run_dir)}")
+            try:
+                print(f"loss plot   {plot_loss(config.run_dir)}")
+            except OSError as error:  # the run itself is complete
+                print(f"loss plot   none: {error.strerror}")
         print(f"run folder  {config.run_dir}", flush=True)
 
 
-def _headline(config: RunConfig, mesh: jax.sharding.Mesh) -> str:
+def _headline(config: RunConfig, mesh: Mesh) -> str:
     return f"{config.name}: {config.model.num_params():,} parameters, {meshes.product(mesh.shape)}"
 
 

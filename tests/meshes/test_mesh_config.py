@@ -29,7 +29,7 @@ def test_the_axis_at_minus_one_takes_what_the_others_leave():
     ("config", "said"),
     [
         (MeshConfig(data=2, fsdp=6, tensor=4), ["data 2 x fsdp 6 x tensor 4 = 48", "cannot fill 64"]),
-        (MeshConfig(fsdp=16), ["mesh.fsdp = 64"]),
+        (MeshConfig(fsdp=16), ["cannot fill 64 devices", "mesh.fsdp = 64"]),
         (MeshConfig(tensor=5), ["tensor 5 = 5", "must divide", "mesh.tensor = 4"]),
         (MeshConfig(data=-1), ["mesh.data and mesh.fsdp are all -1", "mesh.fsdp = 1"]),
         (MeshConfig(tensor=0), ["mesh.tensor = 0 is no size"]),

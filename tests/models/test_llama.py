@@ -110,6 +110,23 @@ def test_a_shape_that_is_none_is_refused(changes, words):
         dataclasses.replace(TINY, **changes)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "fix"),
+    [
+        (4, 3, "num_heads = 3 or num_kv_heads = 2"),
+        (32, 12, "num_heads = 36 or num_kv_heads = 8"),
+        (2, 8, "num_heads = 8 or num_kv_heads = 2"),
+    ],
+)
+def test_heads_that_do_not_fit_are_answered_with_the_closest_that_do(heads, kv_heads, fix):
+    with pytest.raises(UserError) as refusal:
+        dataclasses.replace(TINY, num_heads=heads, num_kv_heads=kv_heads)
+    assert refusal.value.fix == fix
+    for change in fix.split(" or "):
+        field, number = change.split(" = ")
+        dataclasses.replace(TINY, **{"num_heads": heads, "num_kv_heads": kv_heads, field: int(number)})
+
+
 def test_an_unknown_size_is_answered_with_the_closest():
     with pytest.raises(UserError, match="did you mean '70b'"):
         size("70B")
