@@ -18,17 +18,51 @@ from meshes import Rules
 BATCH_FIELDS = ("tokens", "targets", "segments", "positions", "weights")
 
 
+Extras = dict[str, Any]  # fp32 sums over tokens, which add up over microbatches and batch shards
+
+
 class Model(Protocol):
     """An nnx.Module. Each nnx.Param carries `letters`, one letter of the alphabet per dim ("LDF"; `_` for a nameless dim).
 
-    Arrays are float32 as stored; the step casts them to the compute dtype before calling.
+    Arrays are float32 as stored; the step casts them to the compute dtype before calling. Layers of one shape are a
+    stack: their parameters have a leading dim L, so that the engine may run any slice of them.
+
+    Extras are what layers add up beside the hidden states: "objective" (a scalar that carries gradient and joins the
+    sum of -log p before it is divided by the count of targets; absent where a model has none), and others by name, whose
+    leading dim is the layers that were run. A dense model has none: {}.
     """
 
-    def __call__(self, tokens_BS: Any, segments_BS: Any | None, positions_BS: Any | None) -> Any:
-        """-> h_BSD, the hidden states that the unembedding reads (final norm applied). None: one document a row."""
+    def __call__(self, tokens_BS: Any, segments_BS: Any | None, positions_BS: Any | None) -> tuple[Any, Extras]:
+        """-> h_BSD, the hidden states that the unembedding reads, and all layers' extras. None: one document a row.
+
+        It is `embed`, `through` each of `stacks`, `final`.
+        """
+
+    def embed(self, tokens_BS: Any) -> Any:
+        """-> x_BRD, the start of the residual stream."""
+
+    def stacks(self) -> tuple[dict[str, Any], ...]:
+        """In order of execution: a stack's parameters by name (which ends in the dims), with L this stack's layers."""
+
+    def through(
+        self, stack: int, weights: dict[str, Any], x_BRD: Any, segments_BS: Any | None, positions_BS: Any
+    ) -> tuple[Any, Extras]:
+        """-> x_BRD after the layers in `weights`, any consecutive rows of stack number `stack`, and their extras."""
+
+    def final(self, x_BRD: Any) -> Any:
+        """-> h_BSD: the final norm."""
 
     def unembedding(self) -> Any:
         """-> w_DV in the dtype of the parameters; logits are h_BSD @ w_DV."""
+
+    def after_update(self, params: Any, extras: Extras) -> Any:
+        """The parameters to keep, given those that the optimizer made of this model's and the whole batch's extras.
+
+        For what learns outside the gradient; a model without such gives `params` back.
+        """
+
+    def metrics(self, extras: Extras) -> dict[str, Any]:
+        """Of a whole batch's extras, by name: scalars, or arrays that are recorded as lists."""
 
 
 class ModelConfig(Protocol):

@@ -17,6 +17,7 @@ from models.layers import frequencies, regathered, rms_norm, rotate, rotations, 
 if TYPE_CHECKING:
     from models.llama import Config, Parameter
 
+Extras = dict[str, jax.Array]  # fp32 sums over tokens: "objective", and by layer whatever else a model counts
 POLICIES = {
     "dots": policies.dots_saveable,
     "projections": policies.dots_with_no_batch_dims_saveable,
@@ -36,38 +37,74 @@ class Decoder(nnx.Module):
         for i, (name, parameter) in enumerate(config.parameters().items()):
             setattr(self, name, nnx.Param(_draw(jax.random.fold_in(key, i), parameter), letters=parameter.letters))
 
-    def __call__(self, tokens_BS, segments_BS=None, positions_BS=None) -> jax.Array:
-        """-> h_BSD, laid out as "BSD", final norm applied.
+    def __call__(self, tokens_BS, segments_BS=None, positions_BS=None) -> tuple[jax.Array, Extras]:
+        """-> h_BSD, laid out as "BSD", final norm applied, and what the layers add up beside it.
 
         segments_BS None: one document a row. positions_BS None: 0, 1, ... Raises LayoutError if a required way refuses.
         """
-        cfg = self.config
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
+        x_BRD, found = self.embed(tokens_BS), []
+        for stack, weights in enumerate(self.stacks()):
+            x_BRD, extras = self.through(stack, weights, x_BRD, segments_BS, positions_BS)
+            found.append(extras)
+        return self.final(x_BRD), joined(found)
+
+    def embed(self, tokens_BS) -> jax.Array:
+        """tokens_BS -> x_BRD, the start of the residual stream."""
+        return constrain(constrain(self.embed_VD[...], "VD")[tokens_BS], "BRD")
+
+    def stacks(self) -> tuple[dict[str, jax.Array], ...]:
+        """In order of execution: the parameters of equal layers by name, L first."""
+        names = [name for name, p in self.config.parameters().items() if p.letters[0] == "L"]
+        return ({name: getattr(self, name)[...] for name in names},)
+
+    def through(self, stack: int, weights: dict[str, jax.Array], x_BRD, segments_BS, positions_BS):
+        """x_BRD through the layers that `weights` holds, any number of rows of that stack -> (x_BRD, extras)."""
+        cfg = self.config
         rope = rotations(positions_BS, frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling))
-        x_BRD = constrain(constrain(self.embed_VD[...], "VD")[tokens_BS], "BRD")
 
         def layer(x_BRD, w):
-            return block(cfg, w, x_BRD, segments_BS, rope), None
+            return block(cfg, w, x_BRD, segments_BS, rope), {}
 
-        x_BRD = self._through(layer, x_BRD)
-        return constrain(rms_norm(x_BRD, self.final_norm_D[...], cfg.norm_eps), "BSD")
+        x_BRD, extras = self._layers(layer, x_BRD, weights)
+        return x_BRD, extras | {name: extras[name].sum() for name in extras.keys() & {"objective"}}
+
+    def final(self, x_BRD) -> jax.Array:
+        """x_BRD -> h_BSD: the final norm."""
+        return constrain(rms_norm(x_BRD, self.final_norm_D[...], self.config.norm_eps), "BSD")
 
     def unembedding(self) -> jax.Array:
         """-> w_DV, laid out as stored: the embedding transposed where the two are tied."""
         return self.embed_VD[...].T if self.config.tied else self.unembed_DV[...]
 
-    def _through(self, layer, x_BRD) -> jax.Array:
+    def after_update(self, params: dict[str, jax.Array], extras: Extras) -> dict[str, jax.Array]:
+        """The parameters that the optimizer made of this model's, as they are."""
+        return params
+
+    def metrics(self, extras: Extras) -> dict[str, jax.Array]:
+        """None: a dense decoder adds nothing up."""
+        return {}
+
+    def _layers(self, layer, x_BRD, weights):
         cfg = self.config
-        stacked = {name: getattr(self, name)[...] for name, p in cfg.parameters().items() if p.letters[0] == "L"}
         if cfg.remat != "none":
             layer = jax.checkpoint(layer, policy=POLICIES[cfg.remat], prevent_cse=not cfg.scan_layers)
         if cfg.scan_layers:
-            return jax.lax.scan(layer, x_BRD, stacked)[0]
-        unstacked = {name: jnp.unstack(w) for name, w in stacked.items()}
-        for i in range(cfg.num_layers):
-            x_BRD, _ = layer(x_BRD, {name: w[i] for name, w in unstacked.items()})
-        return x_BRD
+            return jax.lax.scan(layer, x_BRD, weights)
+        unstacked = {name: jnp.unstack(w) for name, w in weights.items()}
+        found = []
+        for i in range(len(next(iter(unstacked.values())))):
+            x_BRD, extras = layer(x_BRD, {name: w[i] for name, w in unstacked.items()})
+            found.append(extras)
+        return x_BRD, jax.tree.map(lambda *rows: jnp.stack(rows), *found)
+
+
+def joined(found: list[Extras]) -> Extras:
+    """The extras of consecutive layers as one: the objective added, the rest one layer after the other."""
+    names = dict.fromkeys(name for extras in found for name in extras)
+    columns = {name: [extras[name] for extras in found if name in extras] for name in names}
+    return {name: sum(rows) if name == "objective" else jnp.concatenate(rows) for name, rows in columns.items()}
 
 
 def block(cfg: Config, w: dict[str, jax.Array], x_BRD, segments_BS, rope) -> jax.Array:

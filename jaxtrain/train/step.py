@@ -12,7 +12,8 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 import meshes
-from jaxtrain.train.loss import Sums, cross_entropy, zero_sums
+from jaxtrain.protocols import Extras
+from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.state import Blueprint, State
 
 Batch = dict[str, Array]
@@ -22,19 +23,21 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
     """The compiled update. The state is donated; the batch is "BS" arrays sharded by the activation rules.
 
     `stop` is an int32 per device, any of them nonzero when that device's process wants to stop: the maximum comes back
-    in the metrics, so all processes learn of it at the same step. Metrics are replicated fp32 scalars.
+    in the metrics, so all processes learn of it at the same step. Metrics are replicated; the model's may be arrays.
     """
     config, tx = blueprint.config, blueprint.tx
 
     def step(state: State, batch: Batch, stop: Array) -> tuple[State, dict[str, Array]]:
         with meshes.use(blueprint.mesh, blueprint.rules):
-            sums, grads = _gradients(blueprint, state.params, batch)
+            (sums, extras), grads = _gradients(blueprint, state.params, batch)
             norm = optax.tree.norm(grads)
             if config.optim.clip is not None:
                 grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / norm), grads)
             rate = config.optim.peak_lr * config.optim.schedule.factor(state.step, config.steps)
             updates, opt = tx.update(grads, state.opt, state.params)
             params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+            model = blueprint.model(state.params)
+            params, counted = model.after_update(params, extras), model.metrics(extras)
         metrics = {
             "train/loss": sums.nll / sums.count,
             "train/grad_norm": norm,
@@ -45,6 +48,9 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
         }
         if config.z_loss:
             metrics["train/z_loss"] = config.z_loss * sums.z / sums.count
+        if "objective" in extras:
+            metrics["train/auxiliary_loss"] = extras["objective"] / sums.count
+        metrics |= counted
         return State(step=state.step + 1, params=params, opt=opt), metrics
 
     return _compiled(blueprint, step, state=blueprint.shardings, out=(blueprint.shardings, _replicated(blueprint)))
@@ -55,7 +61,7 @@ def eval_step(blueprint: Blueprint) -> Callable[[Any, Batch, Array], tuple[Array
 
     def step(params: Any, batch: Batch, token_bytes_V: Array) -> tuple[Array, Array, Array]:
         with meshes.use(blueprint.mesh, blueprint.rules):
-            sums = _loss(blueprint, _compute_copy(blueprint, params), batch)[1]
+            sums, _ = _loss(blueprint, _compute_copy(blueprint, params), batch)[1]
             num_bytes = (token_bytes_V[batch["targets"]] * batch["weights"]).sum()
         return sums.nll, sums.count, num_bytes
 
@@ -72,37 +78,41 @@ def _replicated(blueprint: Blueprint) -> NamedSharding:
     return meshes.sharding(blueprint.mesh, "", blueprint.rules.acts)
 
 
-def _loss(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[Array, Sums]:
+def _loss(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[Array, tuple[Sums, Extras]]:
+    """-> the objective, a sum over targets, and what it is made of."""
     model = blueprint.model(params)
-    h_BSD = model(batch["tokens"], batch["segments"], batch["positions"])
+    h_BSD, extras = model(batch["tokens"], batch["segments"], batch["positions"])
     w_DV = meshes.constrain(model.unembedding(), "DV")
-    return cross_entropy(h_BSD, w_DV, batch["targets"], batch["weights"], blueprint.config.z_loss)
+    total, sums = cross_entropy(h_BSD, w_DV, batch["targets"], batch["weights"], blueprint.config.z_loss)
+    return total + extras.get("objective", 0.0), (sums, lax.stop_gradient(extras))
 
 
-def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[Sums, Any]:
+def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[Sums, Extras], Any]:
     """Sums over the whole batch and the gradient of the mean objective, fp32, laid out as the parameters are stored.
 
     Each microbatch's objective is divided by the whole batch's count, so accumulation changes no weight of any token.
     """
     count = jnp.maximum(batch["weights"].sum(), 1.0)
 
-    def objective(params: Any, part: Batch) -> tuple[Array, Sums]:
+    def objective(params: Any, part: Batch) -> tuple[Array, tuple[Sums, Extras]]:
         total, sums = _loss(blueprint, _compute_copy(blueprint, params), part)
         return total / count, sums
 
     def stored(grads: Any) -> Any:
         return lax.with_sharding_constraint(grads, blueprint.shardings.params)
 
-    def gradients(part: Batch) -> tuple[Sums, Any]:
+    def gradients(part: Batch) -> tuple[tuple[Sums, Extras], Any]:
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, part)
         return sums, stored(grads)
 
     parts = blueprint.config.accumulate
     if parts == 1:
         return gradients(batch)
-    start = (zero_sums(), stored(jax.tree.map(jnp.zeros_like, params)))
+    batches = jax.tree.map(lambda x: _microbatches(x, parts), batch)
+    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], batches))
+    sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, part: (jax.tree.map(jnp.add, total, gradients(part)), None)  # noqa: E731
-    return lax.scan(add, start, jax.tree.map(lambda x: _microbatches(x, parts), batch))[0]
+    return lax.scan(add, (sums, stored(grads)), batches)[0]
 
 
 def _microbatches(x_BS: Array, parts: int) -> Array:

@@ -41,7 +41,7 @@ def run(model, *batch, config=None, **changed):
         graph = nnx.graphdef(jax.eval_shape(config.build, jax.random.key(0)))
     for name, array in changed.items():
         params[name] = params[name].replace(array)
-    return nnx.merge(graph, params)(*batch)
+    return nnx.merge(graph, params)(*batch)[0]
 
 
 def gradients(model, config=None):
@@ -62,7 +62,7 @@ def assert_equal_trees(ours, theirs):
 def test_logits_equal_a_float64_numpy_llama(name, packed):
     config, documents = SHAPES[name], (SEGMENTS, POSITIONS) if packed else (None, None)
     model = reference.model(config)
-    logits = jax.jit(lambda model: model(TOKENS, *documents) @ model.unembedding())(model)
+    logits = jax.jit(lambda model: model(TOKENS, *documents)[0] @ model.unembedding())(model)
     expected = reference.logits(config, reference.params_of(model), TOKENS, *documents)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=FP32 * np.abs(expected).max())
 
@@ -153,7 +153,7 @@ def test_a_remat_policy_keeps_less_for_the_backward_pass():
     def kept(remat):
         config = dataclasses.replace(TINY, remat=remat)
         graph, params = nnx.split(jax.eval_shape(config.build, jax.random.key(0)))
-        residuals = saved_residuals(lambda p: nnx.merge(graph, p)(TOKENS).sum(), params)
+        residuals = saved_residuals(lambda p: nnx.merge(graph, p)(TOKENS)[0].sum(), params)
         return sum(aval.size for aval, source in residuals if "argument" not in source)
 
     sizes = [kept(remat) for remat in ("full", "projections", "dots", "none")]

@@ -31,7 +31,7 @@ def _value_and_gradients(config, mesh=None, rules=None):
 
     def loss(params):
         model = nnx.merge(graph, params)
-        logits = model(BATCH, SEGMENTS) @ meshes.constrain(model.unembedding(), "DV")
+        logits = model(BATCH, SEGMENTS)[0] @ meshes.constrain(model.unembedding(), "DV")
         return (jax.nn.logsumexp(logits, axis=-1) ** 2 - (logits * jnp.cos(jnp.arange(64))[None, None]).sum(-1)).mean()
 
     if mesh is None:

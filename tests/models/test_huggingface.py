@@ -102,7 +102,7 @@ def test_logits_and_gradients_equal_hugging_faces(name, seed):
 
     def scalar(params):
         model = nnx.merge(graph, params)
-        logits = model(tokens) @ model.unembedding()
+        logits = model(tokens)[0] @ model.unembedding()
         return (jnp.tanh(logits) * weight[None, None]).mean(), logits
 
     (_, logits), grads = jax.jit(jax.value_and_grad(scalar, has_aux=True))(params)
