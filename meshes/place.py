@@ -129,24 +129,38 @@ def constrain(x: jax.Array, letters: Letters) -> jax.Array:
     A weight at its use is `constrain(w_DF, "DF")`: that is where FSDP gathers it. Inside a shard_map the manual axes
     are left out. Raises LayoutError as `check` does.
     """
+    return _laid_out(x, letters, "acts", "an activation")
+
+
+def store(w: jax.Array, letters: Letters) -> jax.Array:
+    """w_DF, "DF" -> the same values, laid out by the current `params` rules, as `constrain` does by `acts`."""
+    return _laid_out(w, letters, "params", "a parameter")
+
+
+def _laid_out(x: jax.Array, letters: Letters, side: str, name: str) -> jax.Array:
     layout = current()
     if layout is None:
         return x
+    mapping = getattr(layout.rules, side)
     inside = jax.sharding.get_abstract_mesh()
     mesh = inside if inside.manual_axes else layout.mesh
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}
-    acts = layout.rules.acts
-    _check_letters(letters, acts, "an activation")
-    _check_shape(sizes, acts, letters, x.shape, "an activation")
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(letters, acts, keep=sizes.__contains__)))
+    _check_letters(letters, mapping, name)
+    _check_shape(sizes, mapping, letters, x.shape, name)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(letters, mapping, keep=sizes.__contains__)))
 
 
 def axis_size(letters: Letters) -> int:
-    """Into how many shards the current `acts` rules cut these letters' dims together; 1 where no layout is in use."""
+    """Into how many shards the current `acts` rules cut these letters' dims together; 1 where no layout is in use.
+
+    Inside a shard_map the manual axes do not count: what is seen there is one shard of them.
+    """
     layout = current()
     if layout is None:
         return 1
-    return math.prod(_num_shards(layout.mesh.shape, layout.rules.acts, letter) for letter in letters)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    sizes = {axis: size for axis, size in layout.mesh.shape.items() if axis not in manual}
+    return math.prod(_num_shards(sizes, layout.rules.acts, letter) for letter in letters)
 
 
 def platform() -> str:

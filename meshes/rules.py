@@ -16,6 +16,11 @@ GATHERS = {
     "layer": "just before each layer uses them, again in the backward pass (FSDP)",
     "step": "once, at the start of the step (ZeRO-1)",
 }
+REDUCTIONS = {
+    "step": "once, after the last microbatch; until then each device adds up its own, in float32",
+    "microbatch": "after each microbatch, so that only a stored part of them is ever kept (ZeRO-2)",
+}
+_OF_ACTIVATIONS = frozenset("BSRCMP")
 
 
 def axes_of(mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
@@ -29,12 +34,14 @@ class Rules:
     """Letters to mesh axes: `params` where parameters and optimizer state are STORED, `acts` what COMPUTE uses.
 
     `acts` lays out activations, and weights at the moment of their use. `gather` says when stored weights take that
-    layout: "layer" or "step". Where both maps agree nothing moves. Raises LayoutError on an unknown letter or axis.
+    layout: "layer" or "step"; `reduce`, when the gradients of several microbatches are summed over the devices that
+    hold copies: "step" or "microbatch". Where both maps agree nothing moves. Raises LayoutError on an unknown name.
     """
 
     params: dict[str, Axes]
     acts: dict[str, Axes]
     gather: str = "layer"
+    reduce: str = "step"
 
     def __post_init__(self):
         for side in ("params", "acts"):
@@ -43,13 +50,23 @@ class Rules:
         if self.gather not in GATHERS:
             fix = closest(self.gather, GATHERS)
             raise LayoutError(f"gather = {self.gather!r} is no way to gather weights.", fix=fix)
+        if self.reduce not in REDUCTIONS:
+            fix = closest(self.reduce, REDUCTIONS)
+            raise LayoutError(f"reduce = {self.reduce!r} is no way to reduce gradients.", fix=fix)
 
     def shards(self, letter: str, sizes: Mapping[str, int]) -> int:
         """Into how many parts compute cuts a dim of this letter, on a mesh of these axis sizes."""
         return math.prod(sizes.get(axis, 1) for axis in axes_of(self.acts, letter))
 
+    def reduced_once(self) -> tuple[str, ...]:
+        """The batch's axes over which gradients may wait for the last microbatch: those that cut no weight meanwhile."""
+        between = [self.acts] if self.gather == "step" else [self.acts, self.params]
+        weights = [(mapping, letter) for mapping in between for letter in mapping if letter not in _OF_ACTIVATIONS]
+        cut = {axis for mapping, letter in weights for axis in axes_of(mapping, letter)}
+        return tuple(axis for axis in axes_of(self.acts, "B") if axis not in cut) if self.reduce == "step" else ()
+
     def __hash__(self) -> int:
-        return hash((_frozen(self.params), _frozen(self.acts), self.gather))
+        return hash((_frozen(self.params), _frozen(self.acts), self.gather, self.reduce))
 
 
 def _frozen(mapping: Mapping[str, Axes]) -> frozenset:
@@ -84,6 +101,7 @@ _TENSOR_SP = _TENSOR | _map((*_SEQUENCE, "tensor"), "R")
 
 DP = Rules(params={}, acts=_PLAIN)
 ZERO1 = Rules(params=_map(_ALL, "D"), acts=_PLAIN, gather="step")
+ZERO2 = Rules(params=_map(_ALL, "D"), acts=_PLAIN, gather="step", reduce="microbatch")
 FSDP = Rules(params=_map(_ALL, "D"), acts=_PLAIN)
 HSDP = Rules(params=_map(("fsdp",), "D"), acts=_PLAIN)
 TP = Rules(params=_SPLIT, acts=_TENSOR)
@@ -99,6 +117,7 @@ DEFAULT = Rules(
 PRESETS: dict[str, Rules] = {
     "DP": DP,
     "ZERO1": ZERO1,
+    "ZERO2": ZERO2,
     "FSDP": FSDP,
     "HSDP": HSDP,
     "TP": TP,

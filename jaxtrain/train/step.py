@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 import meshes
 from jaxtrain.protocols import Extras
@@ -93,26 +93,49 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
     Each microbatch's objective is divided by the whole batch's count, so accumulation changes no weight of any token.
     """
     count = jnp.maximum(batch["weights"].sum(), 1.0)
+    if blueprint.config.accumulate == 1:
+        return _microbatch_gradients(blueprint, params, batch, count)
+    once = [axis for axis in blueprint.rules.reduced_once() if blueprint.mesh.shape.get(axis, 1) > 1]
+    if not once:
+        return _accumulated(blueprint, params, batch, count)
+    if blueprint.rules.gather == "step":
+        params = _compute_copy(blueprint, params)
 
-    def objective(params: Any, part: Batch) -> tuple[Array, tuple[Sums, Extras]]:
+    def local(params: Any, batch: Batch, count: Array) -> tuple[tuple[Sums, Extras], Any]:
+        return jax.tree.map(lambda x: x[None], _accumulated(blueprint, params, batch, count))
+
+    # By hand over these axes alone: the partitioner would sum over the devices after every microbatch.
+    along = PartitionSpec(tuple(once))
+    specs = dict(in_specs=(PartitionSpec(), along, PartitionSpec()), out_specs=along, axis_names=set(once))
+    parts = jax.shard_map(local, mesh=blueprint.mesh, check_vma=False, **specs)(params, batch, count)
+    sums, grads = jax.tree.map(lambda x: x.sum(0), parts)
+    return sums, _stored(blueprint, grads)
+
+
+def _accumulated(blueprint: Blueprint, params: Any, batch: Batch, count: Array) -> tuple[tuple[Sums, Extras], Any]:
+    """One microbatch after the other; within a shard_map those of the devices' own rows."""
+
+    def gradients(part: Batch) -> tuple[tuple[Sums, Extras], Any]:
+        return _microbatch_gradients(blueprint, params, part, count)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients(part)), None
+
+    parts = jax.tree.map(lambda x: _microbatches(x, blueprint.config.accumulate), batch)
+    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+    sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    return lax.scan(add, (sums, _stored(blueprint, grads)), parts)[0]
+
+
+def _microbatch_gradients(
+    blueprint: Blueprint, params: Any, part: Batch, count: Array
+) -> tuple[tuple[Sums, Extras], Any]:
+    def objective(params: Any) -> tuple[Array, tuple[Sums, Extras]]:
         total, sums = _loss(blueprint, _compute_copy(blueprint, params), part)
         return total / count, sums
 
-    def stored(grads: Any) -> Any:
-        return lax.with_sharding_constraint(grads, blueprint.shardings.params)
-
-    def gradients(part: Batch) -> tuple[tuple[Sums, Extras], Any]:
-        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, part)
-        return sums, stored(grads)
-
-    parts = blueprint.config.accumulate
-    if parts == 1:
-        return gradients(batch)
-    batches = jax.tree.map(lambda x: _microbatches(x, parts), batch)
-    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], batches))
-    sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, gradients(part)), None)  # noqa: E731
-    return lax.scan(add, (sums, stored(grads)), batches)[0]
+    (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return sums, _stored(blueprint, grads)
 
 
 def _microbatches(x_BS: Array, parts: int) -> Array:
@@ -125,4 +148,9 @@ def _compute_copy(blueprint: Blueprint, params: Any) -> Any:
     copy = blueprint.config.precision.cast(params)
     if blueprint.rules.gather == "step":
         return jax.tree.map(meshes.constrain, copy, blueprint.letters.params)
-    return lax.with_sharding_constraint(copy, blueprint.shardings.params)
+    return _stored(blueprint, copy)
+
+
+def _stored(blueprint: Blueprint, tree: Any) -> Any:
+    """A tree like the parameters, laid out as they are stored."""
+    return jax.tree.map(meshes.store, tree, blueprint.letters.params)

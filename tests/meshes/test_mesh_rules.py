@@ -19,6 +19,7 @@ BATCH = ("replica", "data", "stage", "fsdp", "expert")
 PROMISES = {
     "DP": ((), (), (*BATCH, "tensor"), (), ("context",)),
     "ZERO1": (ALL, (), (*BATCH, "tensor"), (), ("context",)),
+    "ZERO2": (ALL, (), (*BATCH, "tensor"), (), ("context",)),
     "FSDP": (ALL, (), (*BATCH, "tensor"), (), ("context",)),
     "HSDP": (("fsdp",), (), (*BATCH, "tensor"), (), ("context",)),
     "TP": ((), ("tensor",), BATCH, ("tensor",), ("context",)),
@@ -37,7 +38,8 @@ MESHES = [
 def test_every_preset_is_promised_here():
     assert set(PROMISES) == set(PRESETS)
     assert all(getattr(meshes, name) is rules for name, rules in PRESETS.items())
-    assert [name for name, rules in PRESETS.items() if rules.gather == "step"] == ["ZERO1"]
+    assert [name for name, rules in PRESETS.items() if rules.gather == "step"] == ["ZERO1", "ZERO2"]
+    assert [name for name, rules in PRESETS.items() if rules.reduce == "microbatch"] == ["ZERO2"]
 
 
 @pytest.mark.parametrize("config", MESHES, ids=str)
@@ -93,6 +95,7 @@ def test_default_shards_experts_and_their_tokens():
         (dict(params={"_": "fsdp"}), "'_', which is no letter"),
         (dict(acts={"B": ("data", "data")}), "B twice on one axis"),
         (dict(gather="steps"), "did you mean 'step'"),
+        (dict(reduce="microbatches"), "did you mean 'microbatch'"),
     ],
 )
 def test_rules_refuse_names_that_do_not_exist_and_offer_the_closest(sides, said):
@@ -109,6 +112,14 @@ def test_rules_are_plain_data_that_hash_copy_pickle_and_pass_through_json():
     for rules in (Rules(**again), pickle.loads(pickle.dumps(meshes.DEFAULT)), copy.deepcopy(meshes.DEFAULT)):
         assert rules == meshes.DEFAULT and hash(rules) == hash(meshes.DEFAULT)
     assert len(set(PRESETS.values())) == len(PRESETS)
+
+
+def test_gradients_wait_over_the_axes_of_the_batch_that_cut_no_weight():
+    waiting = {name: rules.reduced_once() for name, rules in PRESETS.items()}
+    assert waiting["DP"] == waiting["ZERO1"] == (*BATCH, "tensor")
+    assert waiting["HSDP"] == ("replica", "data", "stage", "expert", "tensor")
+    assert waiting["TP"] == BATCH and waiting["DEFAULT"] == ("replica", "data")
+    assert waiting["ZERO2"] == waiting["FSDP"] == waiting["FSDP_TP"] == ()
 
 
 def test_a_preset_is_changed_by_replacing_one_letter():
