@@ -21,13 +21,19 @@ def main(argv: list[str] | None = None) -> int:
     from jaxtrain.errors import ConfigError, LayoutError, UserError, closest
 
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
     try:
-        if argv[0] not in VERBS:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_usage())
+            code = 0
+        elif argv[0] in VERBS:
+            code = importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+        else:
             raise ConfigError(f"jaxtrain has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
-        return importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has left: `jaxtrain show CONFIG | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell counts SIGPIPE
     except UserError as error:
         runtime = sys.modules.get("jaxtrain.runtime")  # where there may be several processes
         sys.stdout.flush()

@@ -133,13 +133,16 @@ def check(config: RunConfig) -> RunConfig:
 
 def _check_ranges(config: RunConfig) -> None:
     """Raises ConfigError for a number that no run can mean."""
-    positive = {"optim.peak_lr": config.optim.peak_lr}
-    least_zero = {"optim.weight_decay": config.optim.weight_decay, "z_loss": config.z_loss, "seed": config.seed}
+    optim = config.optim
+    positive = {"optim.peak_lr": optim.peak_lr, "optim.clip": optim.clip}
+    least_zero = {"optim.weight_decay": optim.weight_decay, "optim.schedule.warmup": optim.schedule.warmup}
+    least_zero |= {"z_loss": config.z_loss, "seed": config.seed}
     if config.eval:
         least_zero["eval.every"] = config.eval.every
-    if config.optim.clip is not None:
-        positive["optim.clip"] = config.optim.clip
+        positive["eval.max_batches"] = config.eval.max_batches
     for name, value in (positive | least_zero).items():
+        if value is None:
+            continue
         if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
             rule = "a positive number" if name in positive else "zero or a positive number"
             raise ConfigError(f"{name} = {value} is out of range.", rule=f"{name} is {rule}")

@@ -1,5 +1,6 @@
 """The command line: light, lazy, and every mistake gets its message and exit code."""
 
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,15 @@ def test_the_help_of_a_config_lists_its_fields_in_time():
     assert time.perf_counter() - begin < 2 * HELP_SECONDS
     for flag in ("--steps", "--mesh.fsdp", "--optim.peak-lr", "--model.num-layers", "--checkpoint.every"):
         assert flag in done.stdout
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["show", "configs/quickstart.py"], ["train", "--help"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(argv):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "jaxtrain", *argv], cwd=ROOT, stdout=write, stderr=-1, text=True, timeout=60)
+    os.close(write)
+    assert done.stderr == ""
 
 
 def test_an_unknown_command_names_the_closest(capsys):

@@ -87,6 +87,17 @@ def test_each_value_knows_where_it_comes_from():
     assert origin["optim.b1"] == "default"
 
 
+def test_a_number_that_no_run_can_mean_is_refused():
+    for change in (
+        {"eval": dataclasses.replace(TINY.eval, max_batches=0)},
+        {"optim": AdamW(clip=0.0)},
+        {"optim": AdamW(schedule=WSD(warmup=-1))},
+    ):
+        with pytest.raises(ConfigError, match="is out of range"):
+            check(dataclasses.replace(TINY, **change))
+    check(dataclasses.replace(TINY, optim=AdamW(clip=None)))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -80,7 +80,8 @@ def read(folder: Path) -> Manifest:
     except (ValueError, AttributeError):
         intact = False
     if not intact:
-        raise DamagedError(f"{path} is damaged.", rule="its sha256 is that of its other fields")
+        fix = "another step: jaxtrain checkpoint verify RUN_DIR says which are whole"
+        raise DamagedError(f"{path} is damaged.", rule="its sha256 is that of its other fields", fix=fix)
     if fields.pop("format") != FORMAT:
         raise CheckpointError(f"{path} is of another format.", rule=f"format {FORMAT}", fix="a newer jaxtrain")
     del fields["sha256"]

@@ -13,6 +13,8 @@ from jaxtrain.checkpoint.describe import ARRAYS
 from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest, in_words
 
 _BLOCK = 2**22  # elements compared at a time
+_RULE = "every byte is as it was written"
+_FIX = "another step: jaxtrain checkpoint verify RUN_DIR says which are whole"
 
 
 class UnreadableError(DamagedError):
@@ -52,7 +54,8 @@ def host_array(folder: Path, found: Manifest, name: str) -> np.ndarray:
     try:
         x = storage.read_host(folder / ARRAYS, [name])[name]
     except Exception as error:  # for damage, Orbax and TensorStore raise ValueError and bare Exception too
-        raise UnreadableError(f"{folder}: {name} cannot be read.", got=in_words(error.__cause__ or error)) from error
+        why = in_words(error.__cause__ or error)
+        raise UnreadableError(f"{folder}: {name} cannot be read.", got=why, rule=_RULE, fix=_FIX) from error
     if (x.shape, str(x.dtype)) != (entry.shape, entry.dtype):
         raise _damaged(folder, f"{name} is {x.dtype}{list(x.shape)}, written was {_kind(entry)}")
     if lines := load.differing(found, hashing.total([hashing.Hashing({name: jnp.asarray(x)}).sums()])):
@@ -68,7 +71,7 @@ def differences(a: Path, b: Path) -> dict[str, str]:
 
 
 def _damaged(folder: Path, line: str) -> DamagedError:
-    return DamagedError(f"{folder} is damaged.", got=line, rule="every byte is as it was written")
+    return DamagedError(f"{folder} is damaged.", got=line, rule=_RULE, fix=_FIX)
 
 
 def _difference(a: Path, first: Manifest, b: Path, second: Manifest, name: str) -> str:

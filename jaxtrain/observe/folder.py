@@ -45,7 +45,7 @@ class RunFolder:
         kept = _config_files(self.path)
         if not kept or not any(self.path.glob("checkpoints/*/manifest.json")):  # nothing yet that could be continued
             return write_json(self.path / "config.json", new)
-        changed = differences(json.loads(kept[-1].read_text()), new)
+        changed = differences(_read_json(kept[-1]), new)
         if not changed:
             return None
         strict = {path: pair for path, pair in changed.items() if path.split(".")[0] not in FREE_TO_CHANGE}
@@ -69,6 +69,18 @@ def _config_files(run_dir: Path) -> list[Path]:
     later = sorted(run_dir.glob("config.*.json"), key=lambda p: int(p.name.split(".")[1]))
     first = run_dir / "config.json"
     return [first, *later] if first.exists() else []
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(
+            f"{path} is damaged.",
+            got=str(error),
+            rule="it is compared with the config that is to continue the run",
+            fix=f"remove it and it is written anew; jaxtrain checkpoint show {path.parent} has what was trained with",
+        ) from error
 
 
 def _lock(file: TextIO, run_dir: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -81,7 +82,7 @@ class JsonlWriter:
     """Appends rows; opening cuts rows after `first_step` and a torn last line, which a killed process may have left."""
 
     def __init__(self, path: Path, first_step: int):
-        keep = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
+        keep = [line for line, row in _lines(path) if row["step"] <= first_step]
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(keep))
         os.replace(fresh, path)
@@ -103,16 +104,20 @@ def _append(file: FileIO, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file that may not exist."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """The whole lines of a file that may not exist, as text and as rows. Raises RunError for one that is damaged."""
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            yield f"{line}\n", json.loads(line)
+        except ValueError as error:
+            fix = "remove the line, then run the same command again"
+            raise RunError(f"{path}, line {number} is damaged.", got=line[:60], rule="a line is JSON", fix=fix) from error
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a torn last line is left out."""
-    return [json.loads(line) for line in _lines(path)]
+    """The rows of a metrics.jsonl; a torn last line is left out. Raises RunError for another that is damaged."""
+    return [row for _, row in _lines(path)]
 
 
 class TensorBoardWriter:

@@ -58,6 +58,14 @@ def test_an_accepted_change_is_kept_beside_the_first_config(config, capsys):
     _open(dataclasses.replace(config, steps=20))  # the newest config is the one that continues
 
 
+def test_a_config_that_cannot_be_read_is_an_error_with_a_fix(config):
+    _open(config)
+    _saved(config)
+    (config.run_dir / "config.json").write_text("")
+    with pytest.raises(RunError, match="(?s)config.json is damaged.*remove it"):
+        _open(config)
+
+
 def test_a_folder_without_a_checkpoint_takes_the_corrected_config(config):
     _open(config)
     _open(dataclasses.replace(config, steps=20))

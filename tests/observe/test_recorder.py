@@ -36,6 +36,14 @@ def test_a_resume_cuts_rows_after_its_step_and_a_torn_last_line(tmp_path):
     assert read_rows(path) == [{"step": 1}, {"step": 2}, {"step": 2, "eval/loss": 3.0}]
 
 
+def test_a_damaged_line_is_named_with_its_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xffep": 2\n{"step": 3}\n')
+    with pytest.raises(RunError, match="(?s)metrics.jsonl, line 2 is damaged.*remove the line"):
+        Recorder((Jsonl(),), tmp_path, first_step=3, steps=9)
+    assert path.read_bytes().count(b"\n") == 3
+
+
 def test_rows_reach_every_sink(tmp_path, capsys):
     recorder = Recorder((Console(), Jsonl(), TensorBoard()), tmp_path, first_step=0, steps=10)
     recorder.write(5, {"train/loss": np.float32(2.5), "train/grad_norm": np.float32(0.5)})
