@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PACKAGES = ("jaxtrain", "meshes", "models")
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the first's old name
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds", "600"
 _LAST_S = 2.0  # for the other processes to say for themselves why they end
 _HEARD_S = 15.0  # for the other processes to hear a verdict before the first of them leaves
 _round = itertools.count()
@@ -214,7 +215,8 @@ def _platform(fake_devices: int | None) -> None:
 def _xla(flags: XlaFlags) -> None:
     """XLA_FLAGS, and how much of a GPU's memory jax takes: 0.75 by itself, which idles 35 GB of an H200.
 
-    The tenth that stays is for the CUDA context, NCCL and cuBLAS; NVIDIA's pages on JAX name 0.8 to 0.9.
+    The tenth that stays is for the CUDA context, NCCL and cuBLAS; NVIDIA's pages on JAX name 0.8 to 0.9. On CPUs, how
+    long devices of one process wait for each other: after 40 s XLA would abort, and on a busy machine they take longer.
     """
     import jax
 
@@ -222,6 +224,8 @@ def _xla(flags: XlaFlags) -> None:
     add_flags(flags, env)
     if on_gpu(env) and not any(name in env for name in MEMORY):
         env[MEMORY[0]] = "0.9"
+    if not on_gpu(env) and PATIENCE[0] not in env.get("XLA_FLAGS", ""):
+        env["XLA_FLAGS"] = " ".join(filter(None, [env.get("XLA_FLAGS"), "=".join(PATIENCE)]))
     os.environ.update({name: env[name] for name in ("XLA_FLAGS", MEMORY[0]) if name in env})
 
 
