@@ -18,6 +18,7 @@ from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
 from jaxtrain.train.optim import AdamW, Optim
 from jaxtrain.train.precision import Precision
+from jaxtrain.train.replicas import Replicas, Together
 from jaxtrain.xla import XlaFlags
 from meshes import DEFAULT, MeshConfig, Rules
 
@@ -51,6 +52,7 @@ class RunConfig(Generic[M]):
     optim: Optim = field(default_factory=AdamW)
     z_loss: float = 0.0  # weight of log(Z)^2 in the objective (PaLM 2022, section 5)
     accumulate: int = 1  # microbatches per step
+    replicas: Replicas = Together()  # how they stay one model
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = 10
     sinks: tuple[Sink, ...] = (Console(), Jsonl(), TensorBoard())

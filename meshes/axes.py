@@ -28,6 +28,7 @@ LETTERS: dict[str, str] = {
     "L": "layers",
     "P": "pipeline stage",
     "M": "microbatch",
+    "G": "groups of devices that train apart for a while, one for each replica",
 }
 
 NAMELESS = "_"  # a dim that no rule shards

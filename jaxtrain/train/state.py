@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,40 +16,47 @@ from jax.sharding import Mesh, NamedSharding
 import meshes
 from jaxtrain.config import RunConfig
 from jaxtrain.protocols import Model
+from jaxtrain.train import diloco
+from jaxtrain.train.replicas import DiLoCo
+from meshes import Rules
+from meshes.rules import axes_of
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
     """What a checkpoint holds. `step` counts completed updates (int32 scalar); `params` is a nested dict of fp32 arrays;
-    `opt` is the optax state, whose moments are stored exactly as the parameters they belong to."""
+    `opt` is the optax state, whose moments are stored exactly as the parameters they belong to.
+
+    Under DiLoCo `params` are the shared ones, `opt` has a leading dim G, and `outer` is a diloco.Outer; else ()."""
 
     step: Any
     params: Any
     opt: Any
+    outer: Any = ()
 
 
 class Blueprint:
     """A run's state as descriptions: same tree three times, of shapes, of letters and of shardings on `mesh`."""
 
     def __init__(self, config: RunConfig, mesh: Mesh):
-        self.config, self.mesh, self.rules = config, mesh, config.rules
+        self.config, self.mesh, self.rules = config, mesh, _rules(config)
         abstract = nnx.eval_shape(lambda: config.model.build(jax.random.key(0)))
         self._graph, self._slots = nnx.split(abstract)
         letters = nnx.to_pure_dict(jax.tree.map(lambda p: p.letters, self._slots, is_leaf=_is_param))
         self.tx = config.optim.transform(letters)
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
         opt = optax.tree_map_params(
             self.tx,
             lambda moment, name: moment if _is_masked(moment) else name,
-            shapes.opt,
+            jax.eval_shape(lambda key: self.tx.init(self._params(key)), jax.random.key(0)),
             letters,
             transform_non_params=lambda x: "_" * x.ndim,
             is_leaf=_is_masked,
         )
-        self.shapes, self.letters = shapes, State(step="", params=letters, opt=opt)
+        self.shapes, self.letters = jax.eval_shape(self._init, jax.random.key(0)), self._letters(letters, opt)
         self.shardings = meshes.shardings(mesh, self.rules.params, self.letters)
-        for (path, shape), name in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(self.letters)):
+        leaves = jax.tree_util.tree_leaves_with_path(self.shapes)
+        for (path, shape), name in zip(leaves, jax.tree.leaves(self.letters), strict=True):
             meshes.check(mesh, self.rules.params, name, shape.shape, jax.tree_util.keystr(path))
 
     def model(self, params: Any) -> Model:
@@ -68,12 +76,34 @@ class Blueprint:
         return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.seed))
 
     def _init(self, key: Any) -> State:
-        params = nnx.to_pure_dict(nnx.state(self.config.model.build(key)))
-        return State(step=jnp.zeros((), jnp.int32), params=params, opt=self.tx.init(params))
+        params, step = self._params(key), jnp.zeros((), jnp.int32)
+        if not isinstance(self.config.replicas, DiLoCo):
+            return State(step=step, params=params, opt=self.tx.init(params))
+        groups = self.mesh.shape[diloco.AXIS]
+        outer = diloco.start(self.config.replicas, groups, params)
+        return State(step=step, params=params, opt=diloco.copies(groups, self.tx.init(params)), outer=outer)
+
+    def _params(self, key: Any) -> Any:
+        return nnx.to_pure_dict(nnx.state(self.config.model.build(key)))
+
+    def _letters(self, params: Any, opt: Any) -> State:
+        if not isinstance(self.config.replicas, DiLoCo):
+            return State(step="", params=params, opt=opt)
+        own_params, own_opt = jax.tree.map(lambda name: diloco.LETTER + name, (params, opt))
+        error = () if self.config.replicas.sent == "float32" else own_params
+        return State(step="", params=params, opt=own_opt, outer=diloco.Outer(own_params, params, error))
 
     def batch_sharding(self) -> NamedSharding:
         """Of every array "BS" of a batch."""
         return meshes.sharding(self.mesh, "BS", self.rules.acts)
+
+
+def _rules(config: RunConfig) -> Rules:
+    """The config's; where replicas train apart, that axis stores nothing but each one's own."""
+    if not isinstance(config.replicas, DiLoCo):
+        return config.rules
+    params = {letter: tuple(a for a in axes_of(config.rules.params, letter) if a != diloco.AXIS) for letter in config.rules.params}
+    return dataclasses.replace(config.rules, params=params | {diloco.LETTER: diloco.AXIS})
 
 
 def _is_param(x: Any) -> bool:

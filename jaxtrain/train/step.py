@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import meshes
 from jaxtrain.protocols import Extras
+from jaxtrain.train import diloco
 from jaxtrain.train.loss import Sums, cross_entropy
+from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint, State
 
 Batch = dict[str, Array]
@@ -25,35 +28,58 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
     `stop` is an int32 per device, any of them nonzero when that device's process wants to stop: the maximum comes back
     in the metrics, so all processes learn of it at the same step. Metrics are replicated; the model's may be arrays.
     """
-    config, tx = blueprint.config, blueprint.tx
+    config = blueprint.config
 
     def step(state: State, batch: Batch, stop: Array) -> tuple[State, dict[str, Array]]:
         with meshes.use(blueprint.mesh, blueprint.rules):
-            (sums, extras), grads = _gradients(blueprint, state.params, batch)
-            norm = optax.tree.norm(grads)
-            if config.optim.clip is not None:
-                grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.optim.clip / norm), grads)
-            rate = config.optim.peak_lr * config.optim.schedule.factor(state.step, config.steps)
-            updates, opt = tx.update(grads, state.opt, state.params)
-            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-            model = blueprint.model(state.params)
-            params, counted = model.after_update(params, extras), model.metrics(extras)
-        metrics = {
-            "train/loss": sums.nll / sums.count,
-            "train/grad_norm": norm,
-            "train/param_norm": optax.tree.norm(params),
-            "train/learning_rate": rate,
-            "train/tokens": sums.count,
-            "stop": stop.max(),
-        }
-        if config.z_loss:
-            metrics["train/z_loss"] = config.z_loss * sums.z / sums.count
-        if "objective" in extras:
-            metrics["train/auxiliary_loss"] = extras["objective"] / sums.count
-        metrics |= counted
-        return State(step=state.step + 1, params=params, opt=opt), metrics
+            state, (sums, extras, norm) = _advance(blueprint, state, batch)
+            metrics = {
+                "train/loss": sums.nll / sums.count,
+                "train/grad_norm": norm,
+                "train/param_norm": optax.tree.norm(state.params),
+                "train/learning_rate": _rate(blueprint, state.step - 1),
+                "train/tokens": sums.count,
+                "stop": stop.max(),
+            }
+            if config.z_loss:
+                metrics["train/z_loss"] = config.z_loss * sums.z / sums.count
+            if "objective" in extras:
+                metrics["train/auxiliary_loss"] = extras["objective"] / sums.count
+            metrics |= blueprint.model(state.params).metrics(extras)
+        return state, metrics
 
     return _compiled(blueprint, step, state=blueprint.shardings, out=(blueprint.shardings, _replicated(blueprint)))
+
+
+def _advance(blueprint: Blueprint, state: State, batch: Batch) -> tuple[State, tuple[Sums, Extras, Array]]:
+    """-> the next state; sums and extras of the whole batch; the gradient's norm (of replicas that train apart: the mean)."""
+    together = state.step, state.params, state.opt
+    if not isinstance(replicas := blueprint.config.replicas, DiLoCo):
+        params, opt, sums = _update(blueprint, *together, batch)
+        return State(step=state.step + 1, params=params, opt=opt), sums
+    update = partial(_update, blueprint)
+    kept, (sums, extras, norm) = diloco.step(
+        replicas, blueprint.mesh, blueprint.letters.params, update, (*together, state.outer), batch
+    )
+    params, opt, outer = kept
+    return State(state.step + 1, params, opt, outer), (sums, extras, norm / blueprint.mesh.shape[diloco.AXIS])
+
+
+def _update(blueprint: Blueprint, completed: Array, params: Any, opt: Any, batch: Batch) -> tuple[Any, Any, Any]:
+    """-> parameters and optimizer state after one update; (sums, extras, gradient's norm before clipping)."""
+    (sums, extras), grads = _gradients(blueprint, params, batch)
+    norm, clip = optax.tree.norm(grads), blueprint.config.optim.clip
+    if clip is not None:
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / norm), grads)
+    updates, opt = blueprint.tx.update(grads, opt, params)
+    rate = _rate(blueprint, completed)
+    params = blueprint.model(params).after_update(jax.tree.map(lambda p, u: p - rate * u, params, updates), extras)
+    return params, opt, (sums, extras, norm)
+
+
+def _rate(blueprint: Blueprint, completed: Array) -> Array:
+    optim = blueprint.config.optim
+    return optim.peak_lr * optim.schedule.factor(completed, blueprint.config.steps)
 
 
 def eval_step(blueprint: Blueprint) -> Callable[[Any, Batch, Array], tuple[Array, Array, Array]]:
@@ -95,7 +121,9 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
     count = jnp.maximum(batch["weights"].sum(), 1.0)
     if blueprint.config.accumulate == 1:
         return _microbatch_gradients(blueprint, params, batch, count)
-    once = [axis for axis in blueprint.rules.reduced_once() if blueprint.mesh.shape.get(axis, 1) > 1]
+    inside = jax.sharding.get_abstract_mesh()
+    apart = inside.manual_axes
+    once = [axis for axis in blueprint.rules.reduced_once() if blueprint.mesh.shape.get(axis, 1) > 1 and axis not in apart]
     if not once:
         return _accumulated(blueprint, params, batch, count)
     if blueprint.rules.gather == "step":
@@ -107,7 +135,8 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
     # By hand over these axes alone: the partitioner would sum over the devices after every microbatch.
     along = PartitionSpec(tuple(once))
     specs = dict(in_specs=(PartitionSpec(), along, PartitionSpec()), out_specs=along, axis_names=set(once))
-    parts = jax.shard_map(local, mesh=blueprint.mesh, check_vma=False, **specs)(params, batch, count)
+    mesh = inside if apart else blueprint.mesh
+    parts = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(params, batch, count)
     sums, grads = jax.tree.map(lambda x: x.sum(0), parts)
     return sums, _stored(blueprint, grads)
 

@@ -1,0 +1,46 @@
+"""How the replicas of a job stay one model, as values: at every step, or by outer steps now and then. See diloco.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtrain.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """Gradients are summed over all replicas at every step: plain data parallelism."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiLoCo:
+    """Each replica trains alone; every `every` steps an outer step moves the shared parameters by what they agree on.
+
+    Douillard et al. 2023, arXiv 2311.08105, algorithm 1: outer SGD with Nesterov momentum on the mean difference. With
+    more than one fragment, that of Streaming DiLoCo (Douillard et al. 2025, arXiv 2501.18512, section 2.1): a fragment
+    is every so many-th layer, and they take their turns spread over the `every` steps. What is `sent` is the difference
+    in this dtype; what rounding leaves over is sent the next time.
+    """
+
+    every: int = 100  # steps between two outer steps of one fragment
+    lr: float = 0.7
+    momentum: float = 0.9
+    fragments: int = 1
+    sent: Literal["float32", "bfloat16", "int8"] = "float32"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.fragments <= self.every:
+            raise ConfigError(
+                f"replicas.fragments = {self.fragments} cannot take turns within replicas.every = {self.every} steps.",
+                rule="fragments is at least 1 and at most every",
+            )
+        if self.lr <= 0 or not 0 <= self.momentum < 1:
+            raise ConfigError(
+                "the outer step is out of range.",
+                got=f"replicas.lr {self.lr}, replicas.momentum {self.momentum}",
+                rule="lr is positive; momentum is at least 0 and less than 1",
+            )
+
+
+Replicas = Together | DiLoCo

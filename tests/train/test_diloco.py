@@ -1,0 +1,183 @@
+"""DiLoCo against plain data parallelism, against replicas trained one by one with the outer step in float64, and resumed."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import meshes
+from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
+from jaxtrain.errors import ConfigError
+from jaxtrain.train import diloco
+from jaxtrain.train.optim import Optimizer
+from jaxtrain.train.replicas import DiLoCo, Together
+from jaxtrain.train.schedule import WSD
+from jaxtrain.train.state import Blueprint
+from jaxtrain.train.step import train_step
+from tests.tiny import TINY
+
+# Relative to the largest entry of an array: sums over tokens in another order, in fp32.
+REORDERED = 3e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd(Optimizer):
+    """Linear in the gradients, so that the mean of replicas' updates is the update of the mean."""
+
+    def direction(self, letters):
+        return optax.trace(0.5)
+
+
+SGD = Sgd(peak_lr=0.05, clip=None, schedule=WSD(warmup=0), weight_decay=0.0)
+CONFIG = dataclasses.replace(TINY, optim=SGD, steps=100)
+
+
+def _start(config, **sizes):
+    config = dataclasses.replace(config, mesh=meshes.MeshConfig(**({"fsdp": 1} | sizes)))
+    mesh = meshes.make(config.mesh, jax.devices()[: int(np.prod(list(sizes.values()) or [1]))])
+    return Blueprint(config, mesh)
+
+
+def _batch(blueprint, index, rows=slice(None)):
+    ids = np.random.default_rng(index).integers(0, 64, (2, 8, 32), dtype=np.int32)[:, rows]
+    ones = np.ones(ids.shape[1:], np.int32)
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32), ones.shape)
+    batch = dict(tokens=ids[0], targets=ids[1], segments=ones, positions=positions, weights=ones.astype(np.float32))
+    return jax.device_put(batch, blueprint.batch_sharding())
+
+
+def _run(blueprint, first, last, state=None, rows=slice(None)):
+    step, losses = train_step(blueprint), []
+    state = blueprint.init() if state is None else state
+    stop = jax.device_put(np.zeros(blueprint.mesh.devices.size, np.int32), meshes.per_device(blueprint.mesh))
+    for index in range(first, last):
+        state, metrics = step(state, _batch(blueprint, index, rows), stop)
+        losses.append(float(metrics["train/loss"]))
+    return state, losses
+
+
+def _assert_close(ours, reference):
+    def compare(path, x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=REORDERED * np.abs(y).max(), err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(compare, jax.device_get(ours), jax.device_get(reference))
+
+
+@pytest.mark.parametrize("sizes", [dict(replica=2), dict(replica=2, fsdp=2, tensor=2)], ids=["alone", "fsdp2 tensor2"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_outer_step_of_rate_1_after_every_step_is_plain_data_parallelism(sizes, accumulate):
+    config = dataclasses.replace(CONFIG, accumulate=accumulate)
+    outer = DiLoCo(every=1, lr=1.0, momentum=0.0)
+    ours, losses = _run(_start(dataclasses.replace(config, replicas=outer), **sizes), 0, 3)
+    plain, expected = _run(_start(config, **sizes), 0, 3)
+    np.testing.assert_allclose(losses, expected, rtol=REORDERED)
+    _assert_close(ours.params, plain.params)
+    _assert_close(jax.tree.map(lambda x: x[1], ours.outer.local), plain.params)
+
+
+def test_outer_steps_equal_replicas_trained_one_by_one_and_nesterov_in_float64():
+    config = DiLoCo(every=2, lr=0.7, momentum=0.9)
+    ours, _ = _run(_start(dataclasses.replace(CONFIG, replicas=config), replica=2, fsdp=2), 0, 5)
+
+    alone = _start(dataclasses.replace(CONFIG, batch=4))
+    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(tree))  # noqa: E731
+    states = [alone.init(), alone.init()]
+    theta = wide(states[0].params)
+    velocity = jax.tree.map(np.zeros_like, theta)
+    for first in (0, 2, 4):
+        last = min(first + 2, 5)
+        states = [_run(alone, first, last, s, slice(4 * i, 4 * i + 4))[0] for i, s in enumerate(states)]
+        if last - first < 2:
+            continue
+        delta = jax.tree.map(lambda t, a, b: t - (a + b) / 2, theta, *(wide(s.params) for s in states))
+        velocity = jax.tree.map(lambda v, d: 0.9 * v + d, velocity, delta)
+        theta = jax.tree.map(lambda t, d, v: t - 0.7 * (d + 0.9 * v), theta, delta, velocity)
+        fresh = jax.tree.map(lambda t: jnp.asarray(t, jnp.float32), theta)
+        states = [dataclasses.replace(s, params=jax.tree.map(jnp.copy, fresh)) for s in states]
+    _assert_close(ours.params, theta)
+    _assert_close(ours.outer.momentum, velocity)
+    for i in range(2):
+        _assert_close(jax.tree.map(lambda x: x[i], ours.outer.local), states[i].params)
+
+
+def test_each_fragment_meets_in_its_turn_and_is_every_so_many_th_layer():
+    config = DiLoCo(every=4, fragments=2)
+    blueprint = _start(dataclasses.replace(CONFIG, replicas=config), replica=2)
+    state, moved = blueprint.init(), []
+    for index in range(5):
+        before = jax.device_get(state.params)
+        state, _ = _run(blueprint, index, index + 1, state)
+        moved.append(jax.tree.map(lambda a, b: np.flatnonzero((a != b).reshape(len(a), -1).any(1)), before, jax.device_get(state.params)))
+    layers = [rows["q_LDNH"].tolist() for rows in moved]
+    assert layers == [[], [1], [], [0], []]  # of two layers; after 2 and after 4 steps
+    whole = [[name for name, rows in turn.items() if "_L" not in name and rows.size] for turn in moved]
+    assert sorted(whole[1] + whole[3]) == sorted(n for n in blueprint.letters.params if "_L" not in n)
+    assert whole[1] and whole[3]
+
+
+@pytest.mark.parametrize("sent", ["bfloat16", "int8"])
+def test_what_is_rounded_is_sent_in_its_own_bytes_and_the_rest_later(sent):
+    config = dataclasses.replace(CONFIG, replicas=DiLoCo(every=2, sent=sent))
+    blueprint = _start(config, replica=2)
+    stop = jax.ShapeDtypeStruct((2,), np.int32, sharding=meshes.per_device(blueprint.mesh))
+    program = train_step(blueprint).lower(blueprint.abstract, _batch(blueprint, 0), stop).as_text()
+    wire = {"bfloat16": "bf16", "int8": "i8"}[sent]
+    gathered = re.findall(r"stablehlo.all_gather.*?-> tensor<([\dx]*)x(\w+)>", program)
+    sizes = [(np.prod([int(n) for n in dims.split("x")]), kind) for dims, kind in gathered]
+    assert {kind for size, kind in sizes if size > 2 * 64 * 2} == {wire}
+
+    state, _ = _run(blueprint, 0, 2)
+    exact, _ = _run(_start(dataclasses.replace(config, replicas=DiLoCo(every=2)), replica=2), 0, 2)
+    # momentum holds the mean of what was sent, the errors what was not: together the mean difference
+    whole = jax.tree.map(lambda m, e: m + e.mean(0), state.outer.momentum, state.outer.error)
+    _assert_close(whole, exact.outer.momentum)
+    assert any(np.abs(e).max() > 0 for e in jax.tree.leaves(jax.device_get(state.outer.error)))
+
+
+def test_int8_differences_train_as_well_as_exact_ones():
+    ends = {}
+    for sent in ("float32", "int8"):
+        config = dataclasses.replace(CONFIG, optim=TINY.optim, replicas=DiLoCo(every=5, sent=sent))
+        ends[sent] = np.mean(_run(_start(config, replica=2), 0, 30)[1][-5:])
+    assert ends["int8"] == pytest.approx(ends["float32"], abs=0.02)
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path):
+    config = dataclasses.replace(CONFIG, optim=TINY.optim, replicas=DiLoCo(every=3, sent="int8"))
+    blueprint = _start(config, replica=2, fsdp=2)
+    undisturbed, losses = _run(blueprint, 0, 5)
+    state, first = _run(blueprint, 0, 2)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(2, state, config={}, data={}, letters=blueprint.letters)
+    restored, _ = checkpoints.latest(blueprint.abstract)
+    checkpoints.close()
+    resumed, rest = _run(blueprint, 2, 5, restored)
+    assert first + rest == losses
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(undisturbed))
+
+
+def test_replicas_store_apart_what_any_rules_would_spread_over_them():
+    blueprint = _start(dataclasses.replace(CONFIG, rules=meshes.FSDP, replicas=DiLoCo()), replica=2, fsdp=4)
+    spec = blueprint.shardings.outer.local["gate_LDF"].spec
+    assert spec[0] == "replica" and spec[2] == "fsdp"
+    assert blueprint.shardings.params["gate_LDF"].spec[1] == "fsdp"
+    assert _start(dataclasses.replace(CONFIG, replicas=Together()), replica=2).init().outer == ()
+
+
+def test_an_outer_step_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="fragments = 5"):
+        DiLoCo(every=4, fragments=5)
+    with pytest.raises(ConfigError, match="out of range"):
+        DiLoCo(momentum=1.0)
+
+
+def test_fragments_are_alike_in_size():
+    letters, shapes = ["VD", "LDF", "DV", "D"], [(64, 8), (6, 8, 16), (8, 64), (8,)]
+    places = diloco._places(2, letters, shapes)
+    sizes = [sum(np.zeros(s)[p[f]].size for p, s in zip(places, shapes) if p[f]) for f in range(2)]
+    assert max(sizes) - min(sizes) <= 8
