@@ -34,9 +34,20 @@ class Collective:
     kind: str
     axes: tuple[str, ...]
     bytes: int
+    group: int  # members
     op: str  # where it comes from, as jax named it
     times: int = 1
     branch: bool = False
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one device sends in one execution, in a ring: a reduction to all is a scatter and a gather.
+
+        Thakur, Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in MPICH", sections 4-5.
+        """
+        if self.kind in ("collective-permute", "collective-broadcast"):
+            return self.bytes
+        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.group - 1) / self.group
 
 
 class Traffic(NamedTuple):
@@ -101,7 +112,7 @@ def _collective(kind: str, started: bool, result: str, rest: str, mesh: Mesh) ->
     size = _num_bytes(_second(result) if started and kind != "all-reduce" and result.startswith("(") else result)
     size *= len(groups[0]) if kind == "reduce-scatter" else 1
     op = re.search(r'op_name="([^"]*)"', rest)
-    return Collective(kind=kind, axes=_axes(groups, mesh), bytes=size, op=op[1] if op else "")
+    return Collective(kind=kind, axes=_axes(groups, mesh), bytes=size, group=len(groups[0]), op=op[1] if op else "")
 
 
 def _num_bytes(shapes: str) -> int:

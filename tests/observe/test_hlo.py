@@ -93,6 +93,13 @@ def test_the_bytes_of_a_started_or_combined_collective_are_those_of_its_results(
     assert (one.axes, one.bytes) == (("tensor",), STARTED[line])
 
 
+def test_what_a_device_sends_is_that_of_a_ring():
+    sent = {"all-reduce": 2 * 64 * 3 / 4, "all-gather": 64 * 3 / 4, "reduce-scatter": 4 * 64 * 3 / 4}
+    for kind, num_bytes in sent.items():
+        (one,) = collectives(_entry(f"%r = f32[16]{{0}} {kind}(%p), replica_groups=[2,4]<=[8], dimensions={{0}}"), _mesh())
+        assert (one.group, one.wire_bytes) == (4, num_bytes)
+
+
 def test_what_is_not_understood_is_an_error_and_never_a_collective_less():
     mesh = _mesh()
     with pytest.raises(ValueError, match="no ENTRY"):

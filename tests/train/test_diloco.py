@@ -13,6 +13,7 @@ import pytest
 import meshes
 from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
 from jaxtrain.errors import ConfigError
+from jaxtrain.observe.hlo import collectives
 from jaxtrain.train import diloco
 from jaxtrain.train.optim import Optimizer
 from jaxtrain.train.replicas import DiLoCo, Together
@@ -181,3 +182,20 @@ def test_fragments_are_alike_in_size():
     places = diloco._places(2, letters, shapes)
     sizes = [sum(np.zeros(s)[p[f]].size for p, s in zip(places, shapes) if p[f]) for f in range(2)]
     assert max(sizes) - min(sizes) <= 8
+
+
+def _bytes_over_replica(config, **sizes):
+    """Per step, from the compiled program; what stands under a condition runs once in `every` steps."""
+    blueprint = _start(config, **sizes)
+    stop = jax.ShapeDtypeStruct((blueprint.mesh.devices.size,), np.int32, sharding=meshes.per_device(blueprint.mesh))
+    program = train_step(blueprint).lower(blueprint.abstract, _batch(blueprint, 0), stop).compile().as_text()
+    found = [one for one in collectives(program, blueprint.mesh) if "replica" in one.axes]
+    rare = getattr(config.replicas, "every", 1)
+    return sum(one.wire_bytes * one.times / (rare if one.branch else 1) for one in found)
+
+
+@pytest.mark.parametrize(("sent", "less"), [("float32", 8), ("bfloat16", 8), ("int8", 16)])
+def test_ten_inner_steps_send_at_least_eight_times_less_between_replicas(sent, less):
+    plain = _bytes_over_replica(CONFIG, replica=2, fsdp=2)
+    assert plain > 4 * CONFIG.model.num_params() / 2  # every gradient's half, to the other replica and back
+    assert _bytes_over_replica(dataclasses.replace(CONFIG, replicas=DiLoCo(every=10, sent=sent)), replica=2, fsdp=2) < plain / less
