@@ -23,6 +23,8 @@ LETTERS: dict[str, str] = {
     "K": "key-value heads",
     "H": "head",
     "V": "vocabulary",
+    "A": "latent of attention, where it is summed over",
+    "Z": "latent of attention, where it is made; the same dim as A",
     "E": "experts",
     "C": "capacity: the tokens that one expert is given",
     "L": "layers",

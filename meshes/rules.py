@@ -23,6 +23,33 @@ REDUCTIONS = {
 _OF_ACTIVATIONS = frozenset("BSRCMP")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """Every token reaches all its experts: sorted, exchanged by `ragged_all_to_all`, multiplied by `ragged_dot`.
+
+    Only GPUs have the exchange; elsewhere an all-to-all padded to the worst case, which says so, or fails by `require`.
+    """
+
+    require: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """Of each sequence an expert takes `factor` times its mean share of choices, the first that come, and drops the rest.
+
+    Lepikhin et al. 2020, arXiv 2006.16668, section 2.2, with a sequence for a group: so the mesh changes no result.
+    """
+
+    factor: float = 1.25
+
+    def __post_init__(self):
+        if not self.factor > 0:
+            raise LayoutError(f"experts.factor = {self.factor} leaves no room.", rule="a positive number")
+
+
+Experts = Ragged | Capacity
+
+
 def axes_of(mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
     """The mesh axes that shard `letter`, outer to inner; () where none does."""
     axes = mapping.get(letter) or ()
@@ -36,12 +63,14 @@ class Rules:
     `acts` lays out activations, and weights at the moment of their use. `gather` says when stored weights take that
     layout: "layer" or "step"; `reduce`, when the gradients of several microbatches are summed over the devices that
     hold copies: "step" or "microbatch". Where both maps agree nothing moves. Raises LayoutError on an unknown name.
+    `experts` is how tokens reach experts that axes keep apart.
     """
 
     params: dict[str, Axes]
     acts: dict[str, Axes]
     gather: str = "layer"
     reduce: str = "step"
+    experts: Experts = Ragged()
 
     def __post_init__(self):
         for side in ("params", "acts"):
@@ -66,7 +95,7 @@ class Rules:
         return tuple(axis for axis in axes_of(self.acts, "B") if axis not in cut) if self.reduce == "step" else ()
 
     def __hash__(self) -> int:
-        return hash((_frozen(self.params), _frozen(self.acts), self.gather, self.reduce))
+        return hash((_frozen(self.params), _frozen(self.acts), self.gather, self.reduce, self.experts))
 
 
 def _frozen(mapping: Mapping[str, Axes]) -> frozenset:
@@ -100,17 +129,17 @@ _TENSOR = _map(_BATCH, "B") | _map(_SEQUENCE, "SR") | _map((*_BATCH, *_SEQUENCE)
 _TENSOR_SP = _TENSOR | _map((*_SEQUENCE, "tensor"), "R")
 
 DP = Rules(params={}, acts=_PLAIN)
-ZERO1 = Rules(params=_map(_ALL, "D"), acts=_PLAIN, gather="step")
-ZERO2 = Rules(params=_map(_ALL, "D"), acts=_PLAIN, gather="step", reduce="microbatch")
-FSDP = Rules(params=_map(_ALL, "D"), acts=_PLAIN)
-HSDP = Rules(params=_map(("fsdp",), "D"), acts=_PLAIN)
+ZERO1 = Rules(params=_map(_ALL, "DA"), acts=_PLAIN, gather="step")
+ZERO2 = Rules(params=_map(_ALL, "DA"), acts=_PLAIN, gather="step", reduce="microbatch")
+FSDP = Rules(params=_map(_ALL, "DA"), acts=_PLAIN)
+HSDP = Rules(params=_map(("fsdp",), "DA"), acts=_PLAIN)
 TP = Rules(params=_SPLIT, acts=_TENSOR)
 TP_SP = Rules(params=_SPLIT, acts=_TENSOR_SP)
-FSDP_TP = Rules(params=_map((*_BATCH, *_SEQUENCE), "D") | _SPLIT, acts=_TENSOR)
+FSDP_TP = Rules(params=_map((*_BATCH, *_SEQUENCE), "DA") | _SPLIT, acts=_TENSOR)
 # `expert` shards E, so neither D nor C of the same array can be on it. `context` ranks hold equal weights, so storing
 # a part each costs no more traffic than all-reducing their gradients; `replica` and `data` are there to hold copies.
 DEFAULT = Rules(
-    params=_map(("stage", "fsdp", "context"), "D") | _SPLIT | _map(("expert",), "E"),
+    params=_map(("stage", "fsdp", "context"), "DA") | _SPLIT | _map(("expert",), "E"),
     acts=_TENSOR_SP | _map(("replica", "data", "stage", "fsdp", "context"), "C") | _map(("expert",), "E"),
 )
 

@@ -1,4 +1,4 @@
-"""The Llama decoder as an nnx module: parameters stacked over layers, and the forward pass. Sizes: models/llama.py."""
+"""The decoder of every family as an nnx module: parameters stacked over layers, and the forward pass. It has no sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from jax import checkpoint_policies as policies
 from meshes import constrain
 from models.draw import normals
 from models.kernels import attend
-from models.layers import frequencies, regathered, rms_norm, rotate, rotations, swiglu, together
+from models.family import Dense, Grouped, Stack
+from models.latent import latent
+from models.layers import frequencies, project_out, regathered, rms_norm, rotate, rotations, swiglu, together
+from models.mla import Latent
+from models.moe import Bias, Experts
+from models.routed import metrics, moved, routed
 
 if TYPE_CHECKING:
-    from models.llama import Config, Parameter
+    from models.family import DecoderConfig, Parameter
 
 Extras = dict[str, jax.Array]  # fp32 sums over tokens: "objective", and by layer whatever else a model counts
 POLICIES = {
@@ -26,13 +31,14 @@ POLICIES = {
 
 
 class Decoder(nnx.Module):
-    """Pre-norm transformer: RMS norm, grouped-query rotary attention, SwiGLU. Touvron et al. 2023, arXiv 2302.13971.
+    """Pre-norm transformer: RMS norm, rotary attention, SwiGLU. Touvron et al. 2023, arXiv 2302.13971. What a layer
+    attends and feeds forward with is what its stack in the config says.
 
     Matrices start as normals cut off at 2 deviations, of standard deviation 1 / sqrt(inputs); what writes to the
     residual stream is divided by sqrt(2 L) besides (Radford et al. 2019, section 2.3). Norms start at 1.
     """
 
-    def __init__(self, config: Config, key: jax.Array):
+    def __init__(self, config: DecoderConfig, key: jax.Array):
         self.config = config
         for i, (name, parameter) in enumerate(config.parameters().items()):
             setattr(self, name, nnx.Param(_draw(jax.random.fold_in(key, i), parameter), letters=parameter.letters))
@@ -56,16 +62,19 @@ class Decoder(nnx.Module):
 
     def stacks(self) -> tuple[dict[str, jax.Array], ...]:
         """In order of execution: the parameters of equal layers by name, L first."""
-        names = [name for name, p in self.config.parameters().items() if p.letters[0] == "L"]
-        return ({name: getattr(self, name)[...] for name in names},)
+        return tuple(self._weights(stack) for stack in self.config.stacks())
+
+    def _weights(self, stack: Stack) -> dict[str, jax.Array]:
+        names = stack.parameters(self.config.dim, self.config.num_layers)
+        return {name: getattr(self, stack.prefix + name)[...] for name in names}
 
     def through(self, stack: int, weights: dict[str, jax.Array], x_BRD, segments_BS, positions_BS):
         """x_BRD through the layers that `weights` holds, any number of rows of that stack -> (x_BRD, extras)."""
-        cfg = self.config
-        rope = rotations(positions_BS, frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling))
+        cfg, kind = self.config, self.config.stacks()[stack]
+        rope = rotations(positions_BS, frequencies(kind.heads.rope_dim, cfg.rope_theta, cfg.rope_scaling))
 
         def layer(x_BRD, w):
-            return block(cfg, w, x_BRD, segments_BS, rope), {}
+            return block(cfg, kind, w, x_BRD, segments_BS, rope)
 
         x_BRD, extras = self._layers(layer, x_BRD, weights)
         return x_BRD, extras | {name: extras[name].sum() for name in extras.keys() & {"objective"}}
@@ -79,12 +88,16 @@ class Decoder(nnx.Module):
         return self.embed_VD[...].T if self.config.tied else self.unembed_DV[...]
 
     def after_update(self, params: dict[str, jax.Array], extras: Extras) -> dict[str, jax.Array]:
-        """The parameters that the optimizer made of this model's, as they are."""
+        """The optimizer's parameters, but for the biases of experts, which follow the load."""
+        for stack in self.config.stacks():
+            if isinstance(stack.ffn, Experts) and isinstance(stack.ffn.balance, Bias):
+                name = stack.prefix + "router_bias_LE"
+                params = params | {name: moved(stack.ffn.balance, getattr(self, name)[...], extras["load"])}
         return params
 
     def metrics(self, extras: Extras) -> dict[str, jax.Array]:
-        """None: a dense decoder adds nothing up."""
-        return {}
+        """What the experts counted; a dense decoder has none."""
+        return metrics(extras) if "load" in extras else {}
 
     def _layers(self, layer, x_BRD, weights):
         cfg = self.config
@@ -107,15 +120,32 @@ def joined(found: list[Extras]) -> Extras:
     return {name: sum(rows) if name == "objective" else jnp.concatenate(rows) for name, rows in columns.items()}
 
 
-def block(cfg: Config, w: dict[str, jax.Array], x_BRD, segments_BS, rope) -> jax.Array:
-    """One layer: x_BRD -> x_BRD. The residual stream keeps the layout "BRD"; inside, attention and SwiGLU use "BSD"."""
+def block(cfg: DecoderConfig, kind: Stack, w: dict[str, jax.Array], x_BRD, segments_BS, rope) -> tuple[jax.Array, Extras]:
+    """One layer: x_BRD -> x_BRD, extras. The residual stream keeps the layout "BRD"; inside, the halves use "BSD"."""
     h_BRD = constrain(rms_norm(x_BRD, w["attn_norm_LD"], cfg.norm_eps), "BRD")
+    x_BRD = x_BRD + ATTENTION[type(kind.heads)](cfg, kind.heads, w, h_BRD, segments_BS, rope)
+    h_BRD = constrain(rms_norm(x_BRD, w["ffn_norm_LD"], cfg.norm_eps), "BRD")
+    y_BRD, extras = FEED_FORWARD[type(kind.ffn)](cfg, kind.ffn, w, h_BRD, segments_BS)
+    return x_BRD + y_BRD, extras
+
+
+def grouped(cfg: DecoderConfig, heads: Grouped, w: dict[str, jax.Array], h_BRD, segments_BS, rope) -> jax.Array:
+    """h_BRD -> BRD: grouped-query attention."""
     q_BSNH, k_BSKH, v_BSKH = _qkv(h_BRD, w["q_LDNH"], w["k_LDKH"], w["v_LDKH"])
+    if heads.qk_norm:
+        q_BSNH, k_BSKH = (rms_norm(x, w[name], cfg.norm_eps, "H") for x, name in ((q_BSNH, "q_norm_LH"), (k_BSKH, "k_norm_LH")))
     q_BSNH, k_BSKH = rotate(q_BSNH, *rope), rotate(k_BSKH, *rope)
     o_BSNH = attend(cfg.attention, q_BSNH, k_BSKH, v_BSKH, segments_BS)
-    x_BRD = x_BRD + _out(constrain(o_BSNH, "BSNH"), w["o_LNHD"])
-    h_BRD = constrain(rms_norm(x_BRD, w["ffn_norm_LD"], cfg.norm_eps), "BRD")
-    return x_BRD + swiglu(h_BRD, w["gate_LDF"], w["up_LDF"], w["down_LFD"])
+    return project_out(constrain(o_BSNH, "BSNH"), w["o_LNHD"])
+
+
+def dense(cfg: DecoderConfig, ffn: Dense, w: dict[str, jax.Array], h_BRD, segments_BS) -> tuple[jax.Array, Extras]:
+    """h_BRD -> BRD: one SwiGLU for all tokens."""
+    return swiglu(h_BRD, w["gate_LDF"], w["up_LDF"], w["down_LFD"]), {}
+
+
+ATTENTION = {Grouped: grouped, Latent: latent}
+FEED_FORWARD = {Dense: dense, Experts: routed}
 
 
 @regathered
@@ -125,10 +155,7 @@ def _qkv(h_BRD, q_DNH, k_DKH, v_DKH):
     return constrain(q_BSNH, "BSNH"), constrain(k_BSKH, "BSKH"), constrain(v_BSKH, "BSKH")
 
 
-@regathered
-def _out(o_BSNH, o_NHD):
-    return constrain(jnp.einsum("BSNH,NHD->BSD", o_BSNH, constrain(o_NHD, "NHD")), "BRD")
-
-
 def _draw(key: jax.Array, parameter: Parameter) -> jax.Array:
-    return normals(key, parameter.shape, parameter.std) if parameter.std else jnp.ones(parameter.shape, jnp.float32)
+    if parameter.std:
+        return normals(key, parameter.shape, parameter.std)
+    return jnp.full(parameter.shape, parameter.start, jnp.float32)

@@ -53,7 +53,7 @@ def chunked(q_BSNH, k_BSKH, v_BSKH, segments_BS, chunk: int) -> jax.Array:
     q_BKGSH = jnp.moveaxis(q_BSNH.reshape(B, S, K, N // K, H), 1, 3)
     k_BKTH, v_BKTH = (jnp.moveaxis(constrain(x, "B_KH"), 1, 2) for x in (k_BSKH, v_BSKH))
     segments = None if segments_BS is None else (segments_BS, constrain(segments_BS, "B_"))
-    return jnp.moveaxis(_causal(q_BKGSH, k_BKTH, v_BKTH, segments, chunk), 3, 1).reshape(B, S, N, H)
+    return jnp.moveaxis(_causal(q_BKGSH, k_BKTH, v_BKTH, segments, chunk), 3, 1).reshape(B, S, N, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -11,7 +11,7 @@ import numpy as np
 from meshes import constrain, platform
 
 if TYPE_CHECKING:
-    from models.llama import RopeScaling
+    from models.family import RopeScaling
 
 
 def regathered(product):
@@ -22,11 +22,15 @@ def regathered(product):
     return jax.checkpoint(product)
 
 
-def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x_BSD over its root mean square, scaled; statistics in float32. Zhang & Sennrich 2019, arXiv 1910.07467."""
+def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float, letter: str = "D") -> jax.Array:
+    """x_BSD over its root mean square, scaled; statistics in float32. Zhang & Sennrich 2019, arXiv 1910.07467.
+
+    `letter`: of the last dim, which is normalised; any number of dims before it.
+    """
     x32_BSD = x_BSD.astype(jnp.float32)
     inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
-    return (x32_BSD * inverse_BS1).astype(x_BSD.dtype) * constrain(scale_D, "D")[None, None]
+    scale_D = jnp.expand_dims(constrain(scale_D, letter), tuple(range(x_BSD.ndim - 1)))
+    return (x32_BSD * inverse_BS1).astype(x_BSD.dtype) * scale_D
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -83,3 +87,9 @@ def _gate_up(x_BRD, gate_DF, up_DF):
 @regathered
 def _down(h_BSF, down_FD):
     return constrain(h_BSF @ constrain(down_FD, "FD"), "BRD")
+
+
+@regathered
+def project_out(o_BSNH, o_NHD):
+    """o_BSNH -> BRD: what attention writes to the residual stream."""
+    return constrain(jnp.einsum("BSNH,NHD->BSD", o_BSNH, constrain(o_NHD, "NHD")), "BRD")

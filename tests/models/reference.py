@@ -11,7 +11,7 @@ def model(config, seed=0):
     graph, _ = nnx.split(jax.eval_shape(config.build, jax.random.key(0)))
 
     def draw(parameter):
-        array = rng.normal(size=parameter.shape) * (parameter.std or 0.1) + (not parameter.std)
+        array = rng.normal(size=parameter.shape) * (parameter.std or 0.1) + parameter.start
         return nnx.Param(jax.numpy.asarray(array, "float32"), letters=parameter.letters)
 
     return nnx.merge(graph, nnx.State({name: draw(parameter) for name, parameter in config.parameters().items()}))

@@ -1,0 +1,250 @@
+"""What decoder families share: their common fields, the layers as pairs of values, counts and checks. Imports no jax.
+
+A layer is attention and a feed-forward, each a value that says which weights it has: `Grouped` and `Dense` here,
+`Latent` in models/mla.py, `Experts` in models/moe.py. A stack is a run of equal layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from meshes import DEFAULT, LayoutError, Rules, UserError, closest
+from meshes.rules import Axes, axes_of
+from models.attention import Attention, Auto
+
+Remat = Literal["none", "dots", "projections", "full"]
+REMAT: dict[str, str] = {
+    "none": "keep everything but gathered weights; the fastest, the most memory",
+    "dots": "keep the results of all matrix products, attention's probabilities among them",
+    "projections": "keep the results of products with weights; attention is computed again",
+    "full": "keep each layer's input only; a third more work, the least memory",
+}
+
+Sizes = dict[str, tuple[str, int]]  # letter -> the field that sizes it, and the size
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array: its dims by letter and field, what it starts as, which part of it a token's products use."""
+
+    dims: tuple[tuple[str, str, int], ...]  # letter, field, size
+    std: float  # of the normals that it starts with; 0: it starts at `start`
+    start: float = 0.0
+    active: float = 1.0
+
+    @property
+    def letters(self) -> str:
+        return "".join(letter for letter, _, _ in self.dims)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(size for _, _, size in self.dims)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+NORM, ZERO, RESIDUAL = "norm", "zero", ">"  # instead of the letters that a product sums over; ">LETTERS": to the residual
+
+
+def parameter(name: str, kind: str, sizes: Sizes, num_layers: int = 1, active: float = 1.0) -> Parameter:
+    """`name` ends in its dims. `kind`: the letters that its product sums over, NORM, or ZERO (it starts at 0)."""
+    dims = tuple((letter, *sizes[letter]) for letter in name.rsplit("_", 1)[1])
+    if kind in (NORM, ZERO):
+        return Parameter(dims, std=0.0, start=float(kind == NORM), active=active)
+    fan_in = math.prod(sizes[letter][1] for letter in kind.removeprefix(RESIDUAL))
+    fan_in *= 2 * num_layers if kind.startswith(RESIDUAL) else 1
+    return Parameter(dims, std=fan_in**-0.5, active=active)
+
+
+class Part(Protocol):
+    """Half a layer, as a value."""
+
+    def weights(self, dim: int) -> list[tuple[str, str, Sizes, float]]:
+        """(name, kind, sizes of its letters, the part of it that a token uses) of each, in a fixed order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped:
+    """Grouped-query attention: a run of num_heads / num_kv_heads query heads shares a key head. Ainslie et al. 2023,
+    arXiv 2305.13245."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qk_norm: bool = False  # RMS norm of every query's and key's head, before the rotation (Qwen3)
+
+    def __post_init__(self):
+        check_positive(vars(self))
+        if self.num_heads % self.num_kv_heads:
+            raise _unshared(self.num_heads, self.num_kv_heads)
+        if self.head_dim % 2:
+            fix = f"head_dim = {self.head_dim + 1}"
+            raise UserError(f"head_dim = {self.head_dim} is odd.", rule="rotary positions turn pairs of dims", fix=fix)
+
+    @property
+    def rope_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def flops_per_key(self) -> int:
+        """Forward and backward, of one query of all heads against one key: its score, and its value."""
+        return 6 * self.num_heads * (self.head_dim + self.head_dim)
+
+    def weights(self, dim: int) -> list[tuple[str, str, Sizes, float]]:
+        fields = dict(N="num_heads", K="num_kv_heads", H="head_dim")
+        sizes = {letter: (field, getattr(self, field)) for letter, field in fields.items()}
+        products = [("q_LDNH", "D"), ("k_LDKH", "D"), ("v_LDKH", "D"), ("o_LNHD", ">NH")]
+        norms = [("q_norm_LH", NORM), ("k_norm_LH", NORM)] if self.qk_norm else []
+        return [(name, kind, sizes, 1.0) for name, kind in products + norms]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """SwiGLU of one width for all tokens."""
+
+    ffn: int
+
+    def __post_init__(self):
+        check_positive(vars(self))
+
+    def weights(self, dim: int) -> list[tuple[str, str, Sizes, float]]:
+        products = [("gate_LDF", "D"), ("up_LDF", "D"), ("down_LFD", ">F")]
+        return [(name, kind, {"F": ("ffn", self.ffn)}, 1.0) for name, kind in products]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Equal layers. `prefix` begins the names of their parameters in the model."""
+
+    num_layers: int
+    heads: Any  # a Part: Grouped or Latent
+    ffn: Any  # a Part: Dense or Experts
+    prefix: str = ""
+
+    def parameters(self, dim: int, depth: int) -> dict[str, Parameter]:
+        """By name without the prefix. `depth`: the model's layers, which all write to the residual stream."""
+        sizes: Sizes = {"L": ("num_layers", self.num_layers), "D": ("dim", dim)}
+        norms = [[(name, NORM, {}, 1.0)] for name in ("attn_norm_LD", "ffn_norm_LD")]
+        rows = norms[0] + self.heads.weights(dim) + norms[1] + self.ffn.weights(dim)
+        return {name: parameter(name, kind, sizes | own, depth, active) for name, kind, own, active in rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's longer context: rotations that turn less than `low_freq_factor` times within `original_max_position`
+    positions are slowed by `factor`, those that turn more than `high_freq_factor` times are left, between them a blend.
+    """
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What every decoder has. A family adds fields and says its `stacks`. Raises UserError."""
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    tied: bool = False  # the unembedding is the embedding
+    norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    attention: Attention = Auto()
+    remat: Remat = "none"  # REMAT says what each keeps for the backward pass
+    scan_layers: bool = True  # one compiled layer, run num_layers times; False unrolls, with the same parameters
+
+    def __post_init__(self):
+        check_positive(dict(vocab_size=self.vocab_size, dim=self.dim, num_layers=self.num_layers))
+        if self.remat not in REMAT:
+            raise UserError(f"remat = {self.remat!r} is not known.", fix=closest(self.remat, REMAT))
+        self.stacks()
+
+    def stacks(self) -> tuple[Stack, ...]:
+        """The layers, in order of execution."""
+        raise NotImplementedError
+
+    def build(self, key: Any) -> Any:
+        """A Decoder with float32 parameters drawn from `key`; traceable by jax.eval_shape."""
+        from models.decoder import Decoder
+
+        return Decoder(self, key)
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Every parameter by name."""
+        sizes: Sizes = {"V": ("vocab_size", self.vocab_size), "D": ("dim", self.dim)}
+        found = {"embed_VD": replace(parameter("embed_VD", "D", sizes), active=float(self.tied))}  # a lookup is no product
+        for stack in self.stacks():
+            layers = stack.parameters(self.dim, self.num_layers)
+            found |= {stack.prefix + name: p for name, p in layers.items()}
+        found["final_norm_D"] = parameter("final_norm_D", NORM, sizes)
+        return found | ({} if self.tied else {"unembed_DV": parameter("unembed_DV", "D", sizes)})
+
+    def num_params(self) -> int:
+        """All parameters, the tied embedding once."""
+        return sum(p.size for p in self.parameters().values())
+
+    def num_active_params(self) -> int:
+        """Those that one token meets, the embedding among them: of experts, only as many as it chooses."""
+        layers = sum(round(p.size * p.active) for name, p in self.parameters().items() if name != "embed_VD")
+        return layers + self.vocab_size * self.dim
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of forward and backward per token; a token attends to (seq_len + 1) / 2 keys on average.
+
+        6 per weight in a product (unembedding: a product; embedding: a lookup; experts: the chosen ones), and by key
+        and layer what its attention says.
+        """
+        weights = sum(p.size * p.active for p in self.parameters().values() if p.std)
+        per_key = sum(stack.num_layers * stack.heads.flops_per_key for stack in self.stacks())
+        return 6 * weights + per_key * (seq_len + 1) / 2
+
+    def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules = DEFAULT) -> None:
+        """Raises LayoutError where a size does not divide over mesh axes of these sizes under `rules`."""
+        dims = dict.fromkeys(dim for p in self.parameters().values() for dim in p.dims)
+        _check_division(dims, rules.params, axes)
+        _check_division([*dims, ("S", "seq_len", seq_len), ("R", "seq_len", seq_len)], rules.acts, axes)
+
+
+def check_positive(fields: Mapping[str, Any]) -> None:
+    """Raises UserError for a size below 1."""
+    for name, size in fields.items():
+        if isinstance(size, int) and not isinstance(size, bool) and size < 1:
+            raise UserError(f"{name} = {size} is no size.", rule="at least 1")
+
+
+def _check_division(dims: Any, mapping: Mapping[str, Axes], axes: Mapping[str, int]) -> None:
+    split = {dim: tuple(a for a in axes_of(mapping, dim[0]) if axes.get(a, 1) > 1) for dim in dims}
+    for (_, field, size), over in split.items():
+        if size % math.prod(axes[axis] for axis in over):
+            together = math.gcd(*(other[2] for other in split if split[other] == over))
+            raise _indivisible(field, size, {axis: axes[axis] for axis in over}, together)
+
+
+def _unshared(heads: int, kv_heads: int) -> UserError:
+    near = min((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: abs(n - kv_heads))
+    return UserError(
+        "the query heads do not share the key heads evenly.",
+        got=f"num_heads {heads}, num_kv_heads {kv_heads}",
+        rule="num_heads is a multiple of num_kv_heads",
+        fix=f"num_heads = {max(round(heads / kv_heads), 1) * kv_heads} or num_kv_heads = {near}",
+    )
+
+
+def _indivisible(field: str, size: int, axes: dict[str, int], together: int) -> LayoutError:
+    """`together`: what the product of these axes has to divide."""
+    over, shards = " x ".join(axes), math.prod(axes.values())
+    near = min((n for n in range(1, together + 1) if together % n == 0), key=lambda n: abs(n - shards))
+    return LayoutError(
+        f"{field} = {size} does not divide over {over}.",
+        got=" x ".join(f"{axis} {n}" for axis, n in axes.items()),
+        rule=f"{over} divides all that it shards, so it divides {together}",
+        fix=f"{over} = {near}",
+    )
