@@ -164,7 +164,7 @@ def _small(dim: int, num_layers: int, num_heads: int, experts: Experts, vocab_si
 
 
 SIZES: dict[str, Config] = {
-    "2m-a1m": _small(128, 4, 4, Experts(num_experts=8, num_chosen=2, ffn=128), 512),
+    "2m-a1m": _small(128, 4, 4, Experts(num_experts=8, num_chosen=4, ffn=128), 512),
     "30m-a10m": _small(256, 6, 8, Experts(num_experts=16, num_chosen=2, ffn=320, shared_ffn=320), 8192),
     # Jiang et al. 2024, arXiv 2401.04088, table 1, and the published config.json.
     "mixtral-8x7b": Config(

@@ -1,0 +1,156 @@
+"""Mixtures on every kind of mesh compute what one device computes: loss, auxiliary loss, loads, gradients, three updates."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+import meshes
+from jaxtrain.train.optim import AdamW
+from jaxtrain.train.schedule import Cosine
+from jaxtrain.train.state import Blueprint
+from jaxtrain.train.step import train_step
+from meshes.rules import Capacity
+from models import mla
+from models.family import Grouped
+from models.mla import Latent
+from models.moe import Bias, Config, Experts, Limited, Sigmoid
+from tests.parity.test_layouts import REORDERED, _assert_close, _assert_same_sharding, _batch, _gradients
+from tests.tiny import TINY
+
+# Of the way that a parameter's entries went in three updates, on average. Adam divides a gradient by its own size, so the
+# few entries whose gradient is noise go anywhere; the rest goes the same way to four digits.
+THREE_UPDATES = 1e-2
+
+SHAPE = dict(vocab_size=64, dim=32, num_layers=2)
+LATENT = Latent(num_heads=4, kv_latent=16, q_latent=24, nope_dim=8, rope_dim=4, value_dim=8)
+MODELS = {
+    "moe": Config(
+        **SHAPE,
+        heads=Grouped(num_heads=8, num_kv_heads=4, head_dim=8),
+        experts=Experts(num_experts=8, num_chosen=2, ffn=32, z_loss=1e-2),
+    ),
+    "mla moe": Config(
+        vocab_size=64,
+        dim=32,
+        num_layers=3,
+        heads=LATENT,
+        experts=Experts(
+            num_experts=8,
+            num_chosen=3,
+            ffn=16,
+            shared_ffn=16,
+            router=Sigmoid(scale=2.5),
+            balance=Bias(speed=0.01, weight=0.01),
+            limited=Limited(groups=4, kept=2),
+        ),
+        dense_layers=1,
+        dense_ffn=64,
+    ),
+    "mla": mla.Config(**SHAPE, heads=dataclasses.replace(LATENT, q_latent=None), ffn=64),
+}
+MESHES = {
+    "expert2": dict(expert=2),
+    "expert4": dict(expert=4),
+    "expert8": dict(expert=8),
+    "expert2 fsdp2 tensor2": dict(expert=2, fsdp=2, tensor=2),
+    "expert4 context2": dict(expert=4, context=2),
+    "data2 expert4": dict(data=2, expert=4),
+    "fsdp2 context2 tensor2": dict(fsdp=2, context=2, tensor=2),
+    "replica2 expert2 context2": dict(replica=2, expert=2, context=2),
+}
+FAST = {"moe": ["expert8", "expert2 fsdp2 tensor2", "expert4 context2"], "mla moe": ["expert2 fsdp2 tensor2"], "mla": []}
+FAST["mla"] = ["fsdp2 context2 tensor2"]
+LAYOUTS = [
+    pytest.param(model, mesh, marks=[] if mesh in FAST[model] else pytest.mark.slow) for model in MODELS for mesh in MESHES
+]
+
+
+def _run(config, steps, **sizes):
+    """-> (metrics of the first update, states after each on the host, the last one on the mesh)."""
+    config = dataclasses.replace(config, mesh=meshes.MeshConfig(**({"fsdp": 1} | sizes)))
+    mesh = meshes.make(config.mesh, jax.devices()[: int(np.prod(list(sizes.values()) or [1]))])
+    blueprint = Blueprint(config, mesh)
+    state, step, first, states = blueprint.init(), train_step(blueprint), None, []
+    batch, stop = jax.device_put(_batch(config), blueprint.batch_sharding()), np.zeros(mesh.size, np.int32)
+    for _ in range(steps):
+        state, metrics = step(state, batch, jax.device_put(stop, meshes.per_device(mesh)))
+        first = first or jax.device_get(metrics)
+        states.append(jax.device_get(state))
+    return first, states, state
+
+
+@cache
+def _one_device(config, steps=3):
+    return _run(config, steps)[:2]
+
+
+def _config(model, **changes):
+    return dataclasses.replace(TINY, model=MODELS[model], optim=AdamW(clip=None, peak_lr=1e-3, schedule=Cosine(warmup=1)), z_loss=1e-3, **changes)
+
+
+def _assert_equal_metrics(ours, reference):
+    for name in ("train/loss", "train/auxiliary_loss", "train/grad_norm"):
+        np.testing.assert_allclose(ours.get(name, 0.0), reference.get(name, 0.0), rtol=REORDERED, err_msg=name)
+    for name in ("experts/load", "experts/dropped_fraction", "experts/max_load"):
+        np.testing.assert_array_equal(ours.get(name), reference.get(name), err_msg=name)
+
+
+@pytest.mark.parametrize(("model", "mesh"), LAYOUTS)
+def test_a_mixture_on_a_mesh_equals_one_device(model, mesh, capfd):
+    metrics, states, placed = _run(_config(model), 3, **MESHES[mesh])
+    expected_metrics, expected = _one_device(_config(model))
+    _assert_equal_metrics(metrics, expected_metrics)
+    _assert_close(_gradients(states[0]), _gradients(expected[0]), REORDERED)
+    jax.tree_util.tree_map_with_path(_assert_same_way, states[0].params, states[2].params, expected[2].params)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    jax.tree.map(_assert_same_sharding, placed.opt[0].mu, placed.params)
+
+
+def _assert_same_way(path, start, end, expected):
+    apart, way = np.abs(end - expected).mean(), np.abs(expected - start).mean()
+    assert way > 1e-4 and apart <= THREE_UPDATES * way, (jax.tree_util.keystr(path), apart, way)
+
+
+CAPPED = dataclasses.replace(meshes.DEFAULT, experts=Capacity(factor=0.75))
+
+
+@pytest.mark.parametrize("mesh", ["expert2 fsdp2 tensor2", "expert4 context2"])
+def test_a_fixed_capacity_drops_the_same_tokens_on_every_mesh(mesh):
+    config = _config("moe", rules=CAPPED)
+    metrics, states, _ = _run(config, 1, **MESHES[mesh])
+    expected_metrics, expected = _one_device(config, 1)
+    assert 0.1 < metrics["experts/dropped_fraction"] < 0.5
+    _assert_equal_metrics(metrics, expected_metrics)
+    _assert_close(_gradients(states[0]), _gradients(expected[0]), REORDERED)
+
+
+def test_microbatches_change_neither_the_auxiliary_loss_nor_the_loads_nor_the_bias():
+    whole, split = (_run(_config("mla moe", accumulate=n), 1, expert=2) for n in (1, 4))
+    _assert_equal_metrics(split[0], whole[0])
+    _assert_close(_gradients(split[1][0]), _gradients(whole[1][0]), REORDERED)
+    for one, other in zip(whole[1], split[1], strict=True):
+        np.testing.assert_array_equal(one.params["router_bias_LE"], other.params["router_bias_LE"])
+    assert np.abs(whole[1][0].params["router_bias_LE"]).max() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("preset", ["FSDP", "TP_SP", "ZERO1"])
+def test_presets_that_leave_experts_whole_compute_the_same(preset):
+    config = _config("moe", rules=meshes.PRESETS[preset])
+    metrics, states, _ = _run(config, 1, expert=2, fsdp=2, tensor=2)
+    expected_metrics, expected = _one_device(_config("moe"))
+    _assert_equal_metrics(metrics, expected_metrics)
+    _assert_close(_gradients(states[0]), _gradients(expected[0]), REORDERED)
+
+
+def test_two_runs_on_a_mesh_are_bit_identical():
+    one, other = (_run(_config("moe"), 2, expert=4, fsdp=2)[1][-1] for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_state_is_born_with_the_same_bits_on_every_mesh():
+    config = _config("mla moe")
+    one, eight = (Blueprint(config, meshes.make(meshes.MeshConfig(expert=n), jax.devices()[:n])).init() for n in (1, 8))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(eight))
