@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
@@ -44,6 +45,7 @@ class Place(NamedTuple):
     sequence: tuple[str, ...] = ()
     width: tuple[str, ...] = ()
     scattered: bool = False  # the sequence of the result is cut over `width` too
+    columns: np.ndarray | None = None  # the place in the sequence of each column, where another order is in use
 
 
 def apply(weights: Weights, x_BSD: Array, chosen_BSk: Array, gates_BSk: Array) -> tuple[Array, Array]:
@@ -252,15 +254,16 @@ def _fixed(way: Capacity, place: Place, x_BSD, chosen_BSk, weights: Weights) -> 
     """In each sequence the first `room` choices of an expert find a place, whatever the mesh."""
     (B, S, D), k, here = x_BSD.shape, chosen_BSk.shape[2], len(weights.gate_EDF)
     peers = lax.axis_size(place.experts) if place.experts else 1
-    whole = S * (lax.axis_size(place.sequence) if place.sequence else 1)
-    room = capacity(way.factor, whole, k, here * peers)
-    counts_BE, rank_BT = jax.vmap(partial(_ranks, num_experts=here * peers))(chosen_BSk.reshape(B, -1))
-    before_BE = _earlier(counts_BE, place.sequence)
-    kept_BE = jnp.clip(room - before_BE, 0, counts_BE)
+    shards = lax.axis_size(place.sequence) if place.sequence else 1
+    room = capacity(way.factor, S * shards, k, here * peers)
+    kept_BT = jnp.where(_first(room, place, chosen_BSk, here * peers), chosen_BSk, here * peers).reshape(B, -1)
+    of_sequence = jax.vmap(partial(_ranks, num_experts=here * peers))
+    (counts_BE, _), (kept_BE, rank_BT) = of_sequence(chosen_BSk.reshape(B, -1)), of_sequence(kept_BT)
     space = min(room, S)
     num_rows = here * peers * B * space
-    row_BT = _slots_of_rows(chosen_BSk.reshape(B, -1), rank_BT, kept_BE, space, num_rows)
-    rows = fill(x_BSD.reshape(-1, D), row_BT.reshape(-1), num_rows).reshape(peers, here, -1, D)
+    row_BT = (kept_BT * B + jnp.arange(B)[:, None]) * space + rank_BT
+    slots_T = jnp.where(kept_BT < here * peers, row_BT, num_rows).reshape(-1)
+    rows = fill(x_BSD.reshape(-1, D), slots_T, num_rows).reshape(peers, here, -1, D)
     if place.experts:
         rows = lax.all_to_all(rows, place.experts, 0, 0)
     rows = jnp.moveaxis(rows, 1, 0).reshape(here, -1, D)
@@ -268,7 +271,7 @@ def _fixed(way: Capacity, place: Place, x_BSD, chosen_BSk, weights: Weights) -> 
     rows = jnp.moveaxis(rows.reshape(here, peers, -1, D), 1, 0)
     if place.experts:
         rows = lax.all_to_all(rows, place.experts, 0, 0)
-    out_TD = empty(rows.reshape(-1, D), row_BT.reshape(-1))
+    out_TD = empty(rows.reshape(-1, D), slots_T)
     return out_TD.reshape(B, S, k, D), (counts_BE - kept_BE).sum(0).astype(jnp.float32)
 
 
@@ -277,19 +280,16 @@ def capacity(factor: float, seq_len: int, num_chosen: int, num_experts: int) -> 
     return math.ceil(factor * seq_len * num_chosen / num_experts)
 
 
-def _earlier(counts_BE, axes: tuple[str, ...]) -> Array:
-    """How many chose each expert in the parts of the sequence that lie on devices before this one."""
-    if not axes:
-        return jnp.zeros_like(counts_BE)
-    return _before(jnp.moveaxis(lax.all_gather(counts_BE, axes), 0, -1))[..., lax.axis_index(axes)]
-
-
-def _slots_of_rows(chosen_BT, rank_BT, kept_BE, space: int, num_rows: int) -> Array:
-    """Rows by expert, then sequence, then rank; `num_rows` where there is no room."""
-    B, E = kept_BE.shape
-    kept_BT = jnp.take_along_axis(kept_BE, jnp.minimum(chosen_BT, E - 1), axis=1)
-    row_BT = (chosen_BT * B + jnp.arange(B)[:, None]) * space + rank_BT
-    return jnp.where((chosen_BT < E) & (rank_BT < kept_BT), row_BT, num_rows)
+def _first(room: int, place: Place, chosen_BSk, num_experts: int) -> Array:
+    """Whether a choice is among the first `room` of its sequence to that expert, wherever the mesh has cut it."""
+    B, S, k = chosen_BSk.shape
+    if place.sequence:
+        chosen_BSk = lax.all_gather(chosen_BSk, place.sequence, axis=1, tiled=True)
+    columns = np.arange(chosen_BSk.shape[1]) if place.columns is None else place.columns
+    in_order = chosen_BSk[:, np.argsort(columns)].reshape(B, -1)
+    rank_BSk = jax.vmap(partial(_ranks, num_experts=num_experts))(in_order)[1].reshape(chosen_BSk.shape)[:, columns]
+    here = lax.axis_index(place.sequence) * S if place.sequence else 0
+    return lax.dynamic_slice_in_dim(rank_BSk, here, S, axis=1) < room
 
 
 # Rows

@@ -206,6 +206,15 @@ class DecoderConfig:
         per_key = sum(stack.num_layers * stack.heads.flops_per_key for stack in self.stacks())
         return 6 * weights + per_key * (seq_len + 1) / 2
 
+    def layer_flops(self, seq_len: int) -> tuple[list[float], float]:
+        """FLOPs per token as above, of each layer in order and of the unembedding."""
+        layers = []
+        for stack in self.stacks():
+            weights = sum(p.size * p.active for p in stack.parameters(self.dim, self.num_layers).values() if p.std)
+            one = 6 * weights / stack.num_layers + stack.heads.flops_per_key * (seq_len + 1) / 2
+            layers += [one] * stack.num_layers
+        return layers, 6.0 * self.vocab_size * self.dim
+
     def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules = DEFAULT) -> None:
         """Raises LayoutError where a size does not divide over mesh axes of these sizes under `rules`."""
         dims = dict.fromkeys(dim for p in self.parameters().values() for dim in p.dims)

@@ -12,6 +12,8 @@ _TRAIN = {
     "train/loss": "loss {:.4f}",
     "train/grad_norm": "grad {:.3f}",
     "train/learning_rate": "lr {:.2e}",
+    "experts/max_load": "load {:.2f}x",
+    "experts/dropped_fraction": "dropped {:.1%}",
     "time/step_seconds": "{:.3f} s",
     "throughput/tokens_per_second": "{:,.0f} tok/s",
     "throughput/mfu": "mfu {:.1%}",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.errors import RunError
-from jaxtrain.observe.sinks import Row, Sink, Writer
+from jaxtrain.observe.sinks import Row, Sink, Value, Writer
 
 
 class Recorder:
@@ -52,9 +52,14 @@ class Recorder:
             ) from error
 
 
-def plain(value: Any) -> int | float:
-    """A Python number; an fp32 becomes the shortest decimal that rounds to it, so that JSON text is exact and short."""
+def plain(value: Any) -> Value:
+    """A Python number; an fp32 becomes the shortest decimal that rounds to it, so that JSON text is exact and short.
+
+    An array becomes a list, of lists where it has more dims.
+    """
     value = np.asarray(value)
+    if value.ndim:
+        return [plain(part) for part in value]
     if np.issubdtype(value.dtype, np.integer):
         return int(value)
     return float(str(value[()])) if value.dtype == np.float32 else float(value)

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from jaxtrain.errors import RunError
 
-Row = dict[str, float | int]
+Value = float | int | list["Value"]  # a list holds one value of each of many: of each expert, by layer
+Row = dict[str, Value]
 
 
 class Writer(Protocol):
@@ -51,7 +52,7 @@ class Jsonl:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBoard:
-    """Event files in tensorboard/; on a resume, events after the restored step are purged."""
+    """Event files in tensorboard/; on a resume, events after the restored step are purged. Lists are left to the JSONL."""
 
     def open(self, run_dir: Path, first_step: int, steps: int) -> Writer:
         return TensorBoardWriter(run_dir / "tensorboard", first_step)
@@ -134,7 +135,8 @@ class TensorBoardWriter:
         self._append(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges from there on
 
     def write(self, row: Row) -> None:
-        values = [{"tag": name, "simple_value": value} for name, value in row.items() if name != "step"]
+        scalars = {name: value for name, value in row.items() if name != "step" and not isinstance(value, list)}
+        values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
         self._append(step=row["step"], summary={"value": values})
 
     def flush(self) -> None:

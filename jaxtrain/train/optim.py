@@ -123,14 +123,16 @@ _OUTER = set("V")  # a vocabulary dim: an embedding, which is no linear map of a
 def _matrix(letters: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(reduction dims, output dims) of the matrices in an array of these letters; None where it holds none.
 
-    The model dim D is one side, whatever else is not stacked the other: "LDNH" -> ((1,), (2, 3)).
+    The model dim D, or the latent A where there is no D, is one side, whatever else is not stacked the other: "LDNH" ->
+    ((1,), (2, 3)).
     """
     dims = [i for i, letter in enumerate(letters) if letter not in _STACKED]
-    model = tuple(i for i in dims if letters[i] == "D")
-    other = tuple(i for i in dims if letters[i] != "D")
+    inner = "D" if "D" in letters else "A"
+    model = tuple(i for i in dims if letters[i] == inner)
+    other = tuple(i for i in dims if letters[i] != inner)
     if not model or not other or _OUTER & set(letters):
         return None
-    return (model, other) if letters.index("D") == dims[0] else (other, model)
+    return (model, other) if letters.index(inner) == dims[0] else (other, model)
 
 
 def _rms_factor(dims: Any, shape: tuple[int, ...]) -> float:

@@ -29,6 +29,16 @@ def test_integers_stay_integers():
     assert json.dumps(plain(np.int32(7))) == "7"
 
 
+def test_an_array_is_a_list_in_the_file_and_left_out_where_only_scalars_are_drawn(tmp_path, capsys):
+    recorder = Recorder((Console(), Jsonl(), TensorBoard()), tmp_path, first_step=0, steps=10)
+    recorder.write(5, {"experts/load": np.array([[1, 2], [3, 4]], np.int32), "experts/max_load": np.float32(1.25)})
+    recorder.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 5, "experts/load": [[1, 2], [3, 4]], "experts/max_load": 1.25}]
+    assert "step  5/10  load 1.25x\n" in capsys.readouterr().out
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"experts/max_load" in events.read_bytes() and b"experts/load" not in events.read_bytes()
+
+
 def test_a_resume_cuts_rows_after_its_step_and_a_torn_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval/loss": 3.0}\n{"step": 3}\n{"step": 4, "tr')
