@@ -107,9 +107,10 @@ def test_one_axis_may_be_written_without_a_tuple_and_none_unmaps():
     assert Rules(params={"D": "fsdp"}, acts={"B": None}) == Rules(params={"D": ("fsdp",)}, acts={"B": ()})
 
 
-def test_rules_are_plain_data_that_hash_copy_pickle_and_pass_through_json():
+def test_rules_are_plain_data_that_hash_copy_pickle_and_whose_maps_pass_through_json():
     again = json.loads(json.dumps(dataclasses.asdict(meshes.DEFAULT)))
-    for rules in (Rules(**again), pickle.loads(pickle.dumps(meshes.DEFAULT)), copy.deepcopy(meshes.DEFAULT)):
+    maps = {name: again[name] for name in ("params", "acts", "gather")}
+    for rules in (Rules(**maps), pickle.loads(pickle.dumps(meshes.DEFAULT)), copy.deepcopy(meshes.DEFAULT)):
         assert rules == meshes.DEFAULT and hash(rules) == hash(meshes.DEFAULT)
     assert len(set(PRESETS.values())) == len(PRESETS)
 
@@ -120,6 +121,12 @@ def test_gradients_wait_over_the_axes_of_the_batch_that_cut_no_weight():
     assert waiting["HSDP"] == ("replica", "data", "stage", "expert", "tensor")
     assert waiting["TP"] == BATCH and waiting["DEFAULT"] == ("replica", "data")
     assert waiting["ZERO2"] == waiting["FSDP"] == waiting["FSDP_TP"] == ()
+
+
+def test_rules_of_other_transports_of_tokens_differ():
+    others = [meshes.Ragged(), meshes.Ragged(require=True), meshes.Capacity(), meshes.Capacity(factor=2.0)]
+    made = {dataclasses.replace(meshes.DEFAULT, experts=experts) for experts in others}
+    assert len(made) == len(others) and meshes.DEFAULT in made
 
 
 def test_a_preset_is_changed_by_replacing_one_letter():
