@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,33 +58,42 @@ def apply(weights: Weights, x_BSD: Array, chosen_BSk: Array, gates_BSk: Array) -
     layout = current()
     if layout is None:
         return _local(Ragged(), Place(), x_BSD, chosen_BSk, gates_BSk, weights)
-    inside = jax.sharding.get_abstract_mesh()
-    mesh = inside if inside.manual_axes else layout.mesh
-    place, spec = _place(layout, set(mesh.axis_names) - set(inside.manual_axes))
-    _announce(layout.rules.experts, place)
-    tokens, result = spec("BS_"), spec("BR_" if place.scattered else "BS_")
-    run = jax.shard_map(
-        partial(_local, layout.rules.experts, place),
-        mesh=mesh,
-        axis_names=set(mesh.axis_names) - set(inside.manual_axes),
-        in_specs=(tokens, tokens, tokens, Weights(spec("EDF"), spec("EDF"), spec("EFD"))),
-        out_specs=(result, PartitionSpec()),
-        check_vma=False,
-    )
+    place, way = _place(layout), layout.rules.experts
+    _announce(way, place)
+    given = ("BS_", "BS_", "BS_", Weights("EDF", "EDF", "EFD"))
+    run = _on_devices(layout, partial(_local, way, place), given, ("BR_" if place.scattered else "BS_", ""))
     y_BRD, dropped_E = run(constrain(x_BSD, "BSD"), constrain(chosen_BSk, "BS_"), constrain(gates_BSk, "BS_"), weights)
     return constrain(y_BRD, "BRD"), dropped_E
 
 
-def _place(layout: Layout, free: set[str]) -> tuple[Place, Callable[[str], PartitionSpec]]:
-    sizes, acts = layout.mesh.shape, layout.rules.acts
+def per_token(function: Callable[[Array], Array], x_BRE: Array) -> Array:
+    """function(x_BRE) -> BR_, each device for its own tokens: the partitioner would gather all of them for a `top_k`."""
+    layout = current()
+    if layout is None:
+        return function(x_BRE)
+    return _on_devices(layout, function, ("BR_",), "BR_")(constrain(x_BRE, "BR_"))
 
-    def axes(letter: str) -> tuple[str, ...]:
-        return tuple(axis for axis in axes_of(acts, letter) if axis in free and sizes.get(axis, 1) > 1)
 
-    def spec(letters: str) -> PartitionSpec:
-        return PartitionSpec(*(axes(letter) or None for letter in letters))
+def _on_devices(layout: Layout, function: Callable, given: Any, made: Any) -> Callable:
+    """A shard_map over all axes that none around it has taken; `given` and `made`: letters of arguments and results."""
+    inside = jax.sharding.get_abstract_mesh()
+    mesh = inside if inside.manual_axes else layout.mesh
+    specs = lambda tree: jax.tree.map(lambda x: PartitionSpec(*(_axes(layout, a) or None for a in x)), tree)  # noqa: E731
+    free = set(mesh.axis_names) - set(inside.manual_axes)
+    return jax.shard_map(
+        function, mesh=mesh, axis_names=free, in_specs=specs(given), out_specs=specs(made), check_vma=False
+    )
 
-    over, batch, sequence, width = axes("E"), axes("B"), axes("S"), axes("F")
+
+def _axes(layout: Layout, letter: str) -> tuple[str, ...]:
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+    sizes = {axis: size for axis, size in layout.mesh.shape.items() if axis not in taken}
+    return tuple(axis for axis in axes_of(layout.rules.acts, letter) if sizes.get(axis, 1) > 1)
+
+
+def _place(layout: Layout) -> Place:
+    acts = layout.rules.acts
+    over, batch, sequence, width = (_axes(layout, letter) for letter in "EBSF")
     if len(over) > 1 or not set(over) <= {*batch, *sequence}:
         raise LayoutError(
             f"experts cannot be on {' x '.join(over)}.",
@@ -92,8 +101,8 @@ def _place(layout: Layout, free: set[str]) -> tuple[Place, Callable[[str], Parti
             rule="one mesh axis holds the experts, and tokens (B or S) are on it too, to be exchanged over it",
             fix="acts: E on expert, and expert among the axes of B, as in DEFAULT",
         )
-    scattered = bool(width) and axes("R") == sequence + width
-    return Place(over, batch, sequence, width, scattered), spec
+    scattered = bool(width) and _axes(layout, "R") == sequence + width
+    return Place(over, batch, sequence, width, scattered)
 
 
 def _announce(way: Ragged | Capacity, place: Place) -> None:

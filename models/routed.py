@@ -49,9 +49,13 @@ def choose(mix: Experts, scores_BRE, bias_E=None) -> jax.Array:
     scores_BRE = jax.lax.stop_gradient(scores_BRE)
     if bias_E is not None:
         scores_BRE = scores_BRE + constrain(jax.lax.stop_gradient(bias_E), "_").astype(jnp.float32)[None, None]
+    return experts.per_token(partial(_best, mix), scores_BRE)
+
+
+def _best(mix: Experts, scores_BRE) -> jax.Array:
     if mix.limited:
         scores_BRE = _within(mix.limited, scores_BRE)
-    return jax.lax.top_k(constrain(scores_BRE, "BR_"), mix.num_chosen)[1]
+    return jax.lax.top_k(scores_BRE, mix.num_chosen)[1]
 
 
 def _within(limited: Limited, scores_BRE) -> jax.Array:

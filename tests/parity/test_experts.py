@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import meshes
+from jaxtrain.observe.hlo import collectives
 from jaxtrain.train.optim import AdamW
 from jaxtrain.train.schedule import Cosine
 from jaxtrain.train.state import Blueprint
@@ -143,6 +144,24 @@ def test_presets_that_leave_experts_whole_compute_the_same(preset):
     expected_metrics, expected = _one_device(_config("moe"))
     _assert_equal_metrics(metrics, expected_metrics)
     _assert_close(_gradients(states[0]), _gradients(expected[0]), REORDERED)
+
+
+@pytest.mark.parametrize(("rules", "rows"), [(meshes.DEFAULT, 4 * 32 * 2), (CAPPED, 8 * 6)], ids=["dropless, padded", "capacity"])
+def test_a_layer_exchanges_tokens_four_times_and_nothing_else_of_their_size(rules, rows):
+    """Forward there and back, backward there and back; fp32 rows of D. Padded: 4 peers x 32 tokens x 2 choices of a
+    device's one sequence; capacity: 8 experts x 0.75 x 32 x 2 / 8. What else crosses `expert` is smaller than 1 kB a time,
+    but for gradients, and copies of the router."""
+    config = dataclasses.replace(_config("moe", rules=rules), mesh=meshes.MeshConfig(expert=4, fsdp=2))
+    blueprint = Blueprint(config, mesh := meshes.make(config.mesh))
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=blueprint.batch_sharding()) for k, x in _batch(config).items()}
+    stop = jax.ShapeDtypeStruct((8,), np.int32, sharding=meshes.per_device(mesh))
+    program = train_step(blueprint).lower(blueprint.abstract, batch, stop).compile().as_text()
+    over = [x for x in collectives(program, mesh) if "expert" in x.axes]
+    large = [x for x in over if x.kind == "all-to-all" and x.bytes > 1024]
+    assert sum(x.times for x in large) == 4 * config.model.num_layers
+    assert {x.bytes for x in large} == {rows * config.model.dim * 4}
+    assert all(x.bytes <= 1024 for x in over if x.kind == "all-gather")
+    assert all("dot_general" in x.op or "scatter-add" in x.op for x in over if x.kind == "all-reduce" and x.bytes > 1024)
 
 
 def test_two_runs_on_a_mesh_are_bit_identical():
