@@ -20,6 +20,10 @@ REDUCTIONS = {
     "step": "once, after the last microbatch; until then each device adds up its own, in float32",
     "microbatch": "after each microbatch, so that only a stored part of them is ever kept (ZeRO-2)",
 }
+MATMULS = {
+    "whole": "after the whole gather, before the whole scatter",
+    "ring": "part by part, each beside a hop of the ring over `tensor` that gathers or scatters (collective matmul)",
+}
 _OF_ACTIVATIONS = frozenset("BSRCMP")
 
 
@@ -62,7 +66,8 @@ class Rules:
 
     `acts` lays out activations, and weights at the moment of their use. `gather` says when stored weights take that
     layout: "layer" or "step"; `reduce`, when the gradients of several microbatches are summed over the devices that
-    hold copies: "step" or "microbatch". Where both maps agree nothing moves. Raises LayoutError on an unknown name.
+    hold copies: "step" or "microbatch"; `matmul`, when products of gathered or scattered activations are taken: "whole"
+    or "ring". Where both maps agree nothing moves. Raises LayoutError on an unknown name.
     `experts` is how tokens reach experts that axes keep apart.
     """
 
@@ -70,18 +75,17 @@ class Rules:
     acts: dict[str, Axes]
     gather: str = "layer"
     reduce: str = "step"
+    matmul: str = "whole"
     experts: Experts = Ragged()
 
     def __post_init__(self):
         for side in ("params", "acts"):
             mapping = getattr(self, side)
             object.__setattr__(self, side, {letter: _checked(side, mapping, letter) for letter in mapping})
-        if self.gather not in GATHERS:
-            fix = closest(self.gather, GATHERS)
-            raise LayoutError(f"gather = {self.gather!r} is no way to gather weights.", fix=fix)
-        if self.reduce not in REDUCTIONS:
-            fix = closest(self.reduce, REDUCTIONS)
-            raise LayoutError(f"reduce = {self.reduce!r} is no way to reduce gradients.", fix=fix)
+        ways = {"gather": GATHERS, "reduce": REDUCTIONS, "matmul": MATMULS}
+        for name, known in ways.items():
+            if (way := getattr(self, name)) not in known:
+                raise LayoutError(f"rules.{name} = {way!r} is not known.", fix=closest(way, known))
 
     def shards(self, letter: str, sizes: Mapping[str, int]) -> int:
         """Into how many parts compute cuts a dim of this letter, on a mesh of these axis sizes."""
@@ -95,7 +99,9 @@ class Rules:
         return tuple(axis for axis in axes_of(self.acts, "B") if axis not in cut) if self.reduce == "step" else ()
 
     def __hash__(self) -> int:
-        return hash((_frozen(self.params), _frozen(self.acts), self.gather, self.reduce, self.experts))
+        return hash(
+            (_frozen(self.params), _frozen(self.acts), self.gather, self.reduce, self.matmul, self.experts)
+        )
 
 
 def _frozen(mapping: Mapping[str, Axes]) -> frozenset:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import checkpoint_policies as policies
 
-from meshes import constrain
+from meshes import constrain, overlap
 from models.draw import normals
 from models.kernels import attend
 from models.family import Dense, Grouped, Stack
@@ -150,6 +150,8 @@ FEED_FORWARD = {Dense: dense, Experts: routed}
 
 @regathered
 def _qkv(h_BRD, q_DNH, k_DKH, v_DKH):
+    if overlap.rings():
+        return tuple(overlap.gathered(h_BRD, [q_DNH, k_DKH, v_DKH], ["DNH", "DKH", "DKH"]))
     q_DNH, k_DKH, v_DKH = constrain(q_DNH, "DNH"), constrain(k_DKH, "DKH"), constrain(v_DKH, "DKH")
     q_BSNH, k_BSKH, v_BSKH = together(constrain(h_BRD, "BSD"), q_DNH, k_DKH, v_DKH, groups=k_DKH.shape[1])
     return constrain(q_BSNH, "BSNH"), constrain(k_BSKH, "BSKH"), constrain(v_BSKH, "BSKH")

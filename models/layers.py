@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshes import constrain, platform
+from meshes import constrain, overlap, platform
 
 if TYPE_CHECKING:
     from models.family import RopeScaling
@@ -79,6 +79,8 @@ def swiglu(x_BRD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.
 
 @regathered
 def _gate_up(x_BRD, gate_DF, up_DF):
+    if overlap.rings():
+        return tuple(overlap.gathered(x_BRD, [gate_DF, up_DF], ["DF", "DF"]))
     gate_DF, up_DF = constrain(gate_DF, "DF"), constrain(up_DF, "DF")
     outputs = together(constrain(x_BRD, "BSD"), gate_DF[:, None], up_DF[:, None], groups=1)
     return tuple(constrain(out[:, :, 0], "BSF") for out in outputs)
@@ -86,10 +88,14 @@ def _gate_up(x_BRD, gate_DF, up_DF):
 
 @regathered
 def _down(h_BSF, down_FD):
+    if overlap.rings():
+        return overlap.scattered(h_BSF, down_FD, "FD")
     return constrain(h_BSF @ constrain(down_FD, "FD"), "BRD")
 
 
 @regathered
 def project_out(o_BSNH, o_NHD):
     """o_BSNH -> BRD: what attention writes to the residual stream."""
+    if overlap.rings():
+        return overlap.scattered(o_BSNH, o_NHD, "NHD")
     return constrain(jnp.einsum("BSNH,NHD->BSD", o_BSNH, constrain(o_NHD, "NHD")), "BRD")

@@ -21,11 +21,15 @@ class DiLoCo:
     more than one fragment, that of Streaming DiLoCo (Douillard et al. 2025, arXiv 2501.18512, section 2.1): a fragment
     is every so many-th layer, and they take their turns spread over the `every` steps. What is `sent` is the difference
     in this dtype; what rounding leaves over is sent the next time.
+
+    By default the outer step is the mean, which is safe at any length. The papers take lr 0.7 and momentum 0.9 with 500
+    steps between many outer steps; in the 50 of the quickstart with every = 10 that ends at a loss of 2.17, lr 0.8 and
+    momentum 0.4 at 1.57, the mean at 1.53, plain data parallelism at 1.52.
     """
 
     every: int = 100  # steps between two outer steps of one fragment
-    lr: float = 0.7
-    momentum: float = 0.9
+    lr: float = 1.0
+    momentum: float = 0.0
     fragments: int = 1
     sent: Literal["float32", "bfloat16", "int8"] = "float32"
 

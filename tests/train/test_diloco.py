@@ -107,7 +107,7 @@ def test_outer_steps_equal_replicas_trained_one_by_one_and_nesterov_in_float64()
 
 
 def test_each_fragment_meets_in_its_turn_and_is_every_so_many_th_layer():
-    config = DiLoCo(every=4, fragments=2)
+    config = DiLoCo(every=4, fragments=2, lr=0.7, momentum=0.9)
     blueprint = _start(dataclasses.replace(CONFIG, replicas=config), replica=2)
     state, moved = blueprint.init(), []
     for index in range(5):
