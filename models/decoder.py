@@ -133,7 +133,8 @@ def grouped(cfg: DecoderConfig, heads: Grouped, w: dict[str, jax.Array], h_BRD, 
     """h_BRD -> BRD: grouped-query attention."""
     q_BSNH, k_BSKH, v_BSKH = _qkv(h_BRD, w["q_LDNH"], w["k_LDKH"], w["v_LDKH"])
     if heads.qk_norm:
-        q_BSNH, k_BSKH = (rms_norm(x, w[name], cfg.norm_eps, "H") for x, name in ((q_BSNH, "q_norm_LH"), (k_BSKH, "k_norm_LH")))
+        q_BSNH = rms_norm(q_BSNH, w["q_norm_LH"], cfg.norm_eps, "H")
+        k_BSKH = rms_norm(k_BSKH, w["k_norm_LH"], cfg.norm_eps, "H")
     q_BSNH, k_BSKH = rotate(q_BSNH, *rope), rotate(k_BSKH, *rope)
     o_BSNH = attend(cfg.attention, q_BSNH, k_BSKH, v_BSKH, segments_BS)
     return project_out(constrain(o_BSNH, "BSNH"), w["o_LNHD"])

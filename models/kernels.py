@@ -39,7 +39,12 @@ def cudnn(q_BSNH, k_BSKH, v_BSKH, segments_BS) -> jax.Array:
     mask = None
     if segments_BS is not None:
         mask = constrain(segments_BS[:, None, :, None] == segments_BS[:, None, None, :], "B___")
-    return jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, mask=mask, is_causal=True, implementation="cudnn")
+    narrower = q_BSNH.shape[-1] - v_BSKH.shape[-1]  # latent attention's values; the kernel wants one width
+    padded_BSKH = jnp.pad(v_BSKH, [(0, 0)] * 3 + [(0, narrower)])
+    o_BSNH = jax.nn.dot_product_attention(
+        q_BSNH, k_BSKH, padded_BSKH, mask=mask, is_causal=True, implementation="cudnn"
+    )
+    return o_BSNH[..., : v_BSKH.shape[-1]]
 
 
 def chunked(q_BSNH, k_BSKH, v_BSKH, segments_BS, chunk: int) -> jax.Array:

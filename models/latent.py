@@ -23,7 +23,7 @@ def latent(cfg: DecoderConfig, heads: Latent, w: dict[str, jax.Array], h_BRD, se
     """
     h_BSD = constrain(h_BRD, "BSD")
     if heads.q_latent is None:
-        q_BSNH = _heads(h_BSD, constrain(w["q_LDNH"], "DNH"))
+        q_BSNH = _heads_of_residual(h_BSD, w["q_LDNH"])
     else:
         q_BSNH = _heads(_compressed(cfg, h_BSD, w["q_down_LDZ"], w["q_norm_LA"]), w["q_up_LANH"])
     kv_BSNH = _heads(_compressed(cfg, h_BSD, w["kv_down_LDZ"], w["kv_norm_LA"]), w["kv_up_LANH"])
@@ -49,3 +49,8 @@ def _down(h_BSD, down_DZ):
 @regathered
 def _heads(c_BSA, up_ANH):
     return constrain(jnp.einsum("BSA,ANH->BSNH", c_BSA, constrain(up_ANH, "ANH")), "BSNH")
+
+
+@regathered
+def _heads_of_residual(h_BSD, q_DNH):
+    return constrain(jnp.einsum("BSD,DNH->BSNH", h_BSD, constrain(q_DNH, "DNH")), "BSNH")

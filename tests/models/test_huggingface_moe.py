@@ -102,16 +102,20 @@ def attention(config, w):
     return named | {"kv_b_proj.weight": out(w["kv_up_LANH"])}
 
 
+def dense(w, prefix):
+    dims = dict(gate="DF", up="DF", down="FD")
+    return {f"{name}_proj.weight": w[f"{prefix}{name}_L{letters}"].T for name, letters in dims.items()}
+
+
 def feed_forward(w):
     """One layer's, by their names below `mlp.`."""
-    dense = lambda prefix: {f"{x}_proj.weight": w[f"{prefix}{x}_L{'FD' if x == 'down' else 'DF'}"].T for x in ("gate", "up", "down")}  # noqa: E731
     if "router_LDE" not in w:
-        return dense("")
+        return dense(w, "")
     named = {"gate.weight": w["router_LDE"].T, "experts.down_proj": w["expert_down_LEFD"].swapaxes(1, 2)}
     named["experts.gate_up_proj"] = np.concatenate([w["expert_gate_LEDF"], w["expert_up_LEDF"]], 2).swapaxes(1, 2)
     if "router_bias_LE" in w:
         named["gate.e_score_correction_bias"] = w["router_bias_LE"]
-        named |= {f"shared_experts.{name}": x for name, x in dense("shared_").items()}
+        named |= {f"shared_experts.{name}": x for name, x in dense(w, "shared_").items()}
     return named
 
 
