@@ -169,7 +169,59 @@ def check_layout(config: RunConfig, num_devices: int) -> dict[str, int]:
             rule="the axes that shard S divide the sequence",
             fix=f"seq_len = {_round_up(config.seq_len, columns)}",
         )
+    _check_pipeline(config, sizes)
     return sizes
+
+
+def _check_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError where microbatches or layers are too few for the stages."""
+    if not runs_pipeline(config, sizes):
+        return
+    count, stages, rows = num_microbatches(config, sizes), sizes["stage"], config.rules.shards("B", sizes)
+    if count < stages:
+        enough, more = config.batch % (rows * stages) == 0, _round_up(config.batch, rows * stages)
+        raise ConfigError(
+            f"{count} microbatch{'es' * (count > 1)} cannot fill {stages} stages.",
+            got=f"mesh {_short(sizes)}, batch {config.batch}, accumulate {config.accumulate}",
+            rule="microbatches are as many as stages or more, and batch shards x microbatches divides the batch",
+            fix=f"accumulate = {stages}" if enough else f"batch = {more}, or fewer stages",
+        )
+    layers, chunks = len(config.model.layer_flops(config.seq_len)[0]), config.rules.pipeline.num_chunks
+    if layers < stages * chunks:
+        fits = max(n for n in range(1, stages + 1) if stages % n == 0 and n * chunks <= max(layers, chunks))
+        raise ConfigError(
+            f"{layers} layers cannot fill {stages * chunks} virtual stages.",
+            got=f"stage {stages} x chunks {chunks}",
+            rule="every virtual stage has a layer",
+            fix=f"mesh.stage = {fits}" if layers >= chunks else f"rules.pipeline.chunks = {max(1, layers // stages)}",
+        )
+
+
+def runs_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> bool:
+    """Whether a mesh of these axis sizes runs the rules' pipeline."""
+    return sizes.get("stage", 1) > 1 and config.rules.pipeline is not None
+
+
+def layers_per_stage(config: RunConfig, sizes: Mapping[str, int]) -> list[int]:
+    """How many layers each virtual stage runs: as even as their costs allow, unembedding and loss counted.
+
+    An embedding is a look-up and costs nothing. Raises LayoutError where there are too few layers.
+    """
+    from meshes import schedules
+
+    layers, unembedding = config.model.layer_flops(config.seq_len)
+    return schedules.divide(layers, sizes["stage"] * config.rules.pipeline.num_chunks, last=unembedding)
+
+
+def num_microbatches(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """`accumulate`; where a pipeline runs and that is 1, the most up to four times the stages that the batch allows.
+
+    Four times as many leave a bubble of a fifth; more would make a microbatch's matrix products too small for a device.
+    """
+    if config.accumulate > 1 or not runs_pipeline(config, sizes):
+        return config.accumulate
+    per_shard = max(1, config.batch // config.rules.shards("B", sizes))
+    return max(count for count in range(1, 4 * sizes["stage"] + 1) if per_shard % count == 0)
 
 
 def encode(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -48,5 +49,7 @@ def _write(blueprint: Blueprint, temperature: float, seed: int, params: Any, tex
         next_B = jnp.where(t < starts_B, kept_B, chosen_B.astype(jnp.int32))
         return lax.dynamic_update_index_in_dim(text_BS, next_B, t, axis=1)
 
-    with meshes.use(blueprint.mesh, blueprint.rules):
+    with meshes.use(blueprint.mesh, dataclasses.replace(blueprint.rules, pipeline=None)):
+        # Layers stored over `stage` are moved to other dims: a scan over a sharded dim would gather them all.
+        params = jax.tree.map(meshes.store, params, blueprint.letters.params)
         return lax.fori_loop(starts_B.min(), text_BS.shape[1], one, text_BS)

@@ -79,5 +79,8 @@ class ModelConfig(Protocol):
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of forward and backward per token at this length, recomputation not counted, causal attention exact."""
 
+    def layer_flops(self, seq_len: int) -> tuple[list[float], float]:
+        """FLOPs per token as above, of each layer in order and of the unembedding: what a pipeline divides."""
+
     def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules) -> None:
         """Raises LayoutError where this model, at this length, cannot be laid out by `rules` over axes of these sizes."""

@@ -8,7 +8,25 @@ from typing import TYPE_CHECKING, Any
 from meshes.axes import AXES, LETTERS, NAMELESS
 from meshes.errors import LayoutError, UserError, closest
 from meshes.mesh import MeshConfig, describe, make, product
-from meshes.rules import DEFAULT, DP, FSDP, FSDP_TP, HSDP, PRESETS, TP, TP_SP, ZERO1, ZERO2, Capacity, Ragged, Rules
+from meshes.rules import (
+    DEFAULT,
+    DP,
+    FSDP,
+    FSDP_TP,
+    HSDP,
+    PRESETS,
+    TP,
+    TP_SP,
+    ZERO1,
+    ZERO2,
+    Capacity,
+    GPipe,
+    Interleaved,
+    OneFOneB,
+    Ragged,
+    Rules,
+    ZeroBubble,
+)
 
 if TYPE_CHECKING:
     from meshes.place import (
@@ -34,8 +52,9 @@ _PLACE = (
 )  # fmt: skip
 
 __all__ = [
-    "AXES", "Capacity", "DEFAULT", "DP", "FSDP", "FSDP_TP", "HSDP", "LETTERS", "LayoutError", "MeshConfig", "NAMELESS", "PRESETS",
-    "Ragged", "Rules", "TP", "TP_SP", "UserError", "ZERO1", "ZERO2", "closest", "describe", "make", "product", *_PLACE,
+    "AXES", "Capacity", "DEFAULT", "DP", "FSDP", "FSDP_TP", "GPipe", "HSDP", "Interleaved", "LETTERS", "LayoutError",
+    "MeshConfig", "NAMELESS", "OneFOneB", "PRESETS", "Ragged", "Rules", "TP", "TP_SP", "UserError", "ZERO1", "ZERO2", "ZeroBubble", "closest",
+    "describe", "make", "product", *_PLACE,
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 AXES: dict[str, str] = {
     "replica": "copies of the whole job, across pods or data centres; data parallel",
     "data": "data parallel: parameters may be copied",
-    "stage": "pipeline stages; plain data parallel until a pipeline uses it",
+    "stage": "pipeline stages; plain data parallel where the rules have no pipeline",
     "fsdp": "data parallel with stored parameters and optimizer state sharded",
     "expert": "experts of a mixture; data parallel for everything else",
     "context": "the sequence, sharded",

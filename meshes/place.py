@@ -129,19 +129,22 @@ def constrain(x: jax.Array, letters: Letters) -> jax.Array:
     A weight at its use is `constrain(w_DF, "DF")`: that is where FSDP gathers it. Inside a shard_map the manual axes
     are left out. Raises LayoutError as `check` does.
     """
-    return _laid_out(x, letters, "acts", "an activation")
+    return _laid_out(x, letters, None, "acts", "an activation")
 
 
-def store(w: jax.Array, letters: Letters) -> jax.Array:
-    """w_DF, "DF" -> the same values, laid out by the current `params` rules, as `constrain` does by `acts`."""
-    return _laid_out(w, letters, "params", "a parameter")
+def store(w: jax.Array, letters: Letters, mapping: Mapping[str, Axes] | None = None) -> jax.Array:
+    """w_DF, "DF" -> the same values, laid out by the current `params` rules, as `constrain` does by `acts`.
+
+    `mapping` is another map to store by.
+    """
+    return _laid_out(w, letters, mapping, "params", "a parameter")
 
 
-def _laid_out(x: jax.Array, letters: Letters, side: str, name: str) -> jax.Array:
+def _laid_out(x: jax.Array, letters: Letters, mapping: Mapping[str, Axes] | None, side: str, name: str) -> jax.Array:
     layout = current()
     if layout is None:
         return x
-    mapping = getattr(layout.rules, side)
+    mapping = getattr(layout.rules, side) if mapping is None else mapping
     inside = jax.sharding.get_abstract_mesh()
     mesh = inside if inside.manual_axes else layout.mesh
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}

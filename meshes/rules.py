@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from meshes.axes import AXES, LETTERS
 from meshes.errors import LayoutError, closest
+
+if TYPE_CHECKING:
+    from meshes.schedules import Table
 
 Letters = str  # "BSD": one letter of the alphabet per dim
 Axes = str | tuple[str, ...] | None  # one mesh axis, or several from outer to inner, or none
@@ -60,6 +64,71 @@ def axes_of(mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
+KEEPS = {
+    "residuals": "what the layers' own rematerialisation keeps, never a copy of a weight: nothing is computed twice",
+    "inputs": "the input of the stage's layers: the least memory, and the forward once more in each backward",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pipeline:
+    """What all pipelines share: `keep` says what a forward keeps for its backward (KEEPS). `meshes.schedules` has the
+    tables, with what each costs."""
+
+    keep: str = "residuals"
+
+    def __post_init__(self):
+        if self.keep not in KEEPS:
+            raise LayoutError(f"keep = {self.keep!r} is nothing to keep.", fix=closest(self.keep, KEEPS))
+
+    def table(self, stages: int, microbatches: int) -> Table:
+        from meshes import schedules
+
+        return getattr(schedules, self._schedule)(stages, microbatches)
+
+    @property
+    def num_chunks(self) -> int:
+        """Of layers, on each stage."""
+        return 1
+
+
+class GPipe(_Pipeline):
+    """All forwards, then all backwards: the activations of all microbatches are kept."""
+
+    _schedule = "gpipe"
+
+
+class OneFOneB(_Pipeline):
+    """One forward, one backward: the activations of p microbatches at most, and 4/3 of the time in lockstep."""
+
+    _schedule = "one_f_one_b"
+
+
+class ZeroBubble(_Pipeline):
+    """ZB-H1: 1F1B with backwards in two halves; see `meshes.pipeline` for what the second costs."""
+
+    _schedule = "zero_bubble"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interleaved(_Pipeline):
+    """1F1B with `chunks` of layers on every stage, aligned for lockstep: with one chunk, 2p - 1 activations at most."""
+
+    chunks: int = 1
+
+    def table(self, stages: int, microbatches: int) -> Table:
+        from meshes import schedules
+
+        return schedules.interleaved(stages, microbatches, self.chunks)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.chunks
+
+
+Pipeline = GPipe | OneFOneB | Interleaved | ZeroBubble
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """Letters to mesh axes: `params` where parameters and optimizer state are STORED, `acts` what COMPUTE uses.
@@ -67,7 +136,8 @@ class Rules:
     `acts` lays out activations, and weights at the moment of their use. `gather` says when stored weights take that
     layout: "layer" or "step"; `reduce`, when the gradients of several microbatches are summed over the devices that
     hold copies: "step" or "microbatch"; `matmul`, when products of gathered or scattered activations are taken: "whole"
-    or "ring". Where both maps agree nothing moves. Raises LayoutError on an unknown name.
+    or "ring". Where both maps agree nothing moves. `pipeline` runs layers over the axis `stage`, which then shards
+    nothing else in compute: `acts` is without it. Raises LayoutError on an unknown name.
     `experts` is how tokens reach experts that axes keep apart.
     """
 
@@ -77,11 +147,14 @@ class Rules:
     reduce: str = "step"
     matmul: str = "whole"
     experts: Experts = Ragged()
+    pipeline: Pipeline | None = None
 
     def __post_init__(self):
         for side in ("params", "acts"):
             mapping = getattr(self, side)
             object.__setattr__(self, side, {letter: _checked(side, mapping, letter) for letter in mapping})
+        if self.pipeline is not None:
+            object.__setattr__(self, "acts", _without_stage(self.acts))
         ways = {"gather": GATHERS, "reduce": REDUCTIONS, "matmul": MATMULS}
         for name, known in ways.items():
             if (way := getattr(self, name)) not in known:
@@ -98,10 +171,28 @@ class Rules:
         cut = {axis for mapping, letter in weights for axis in axes_of(mapping, letter)}
         return tuple(axis for axis in axes_of(self.acts, "B") if axis not in cut) if self.reduce == "step" else ()
 
+    def stored(self, letters: Letters, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Mapping[str, Axes]:
+        """The map that stores an array of this shape, on a mesh of these axis sizes: `params`.
+
+        But where a pipeline runs, `stage` shards the layers L, if their number divides, and no other dim.
+        """
+        stages = sizes.get("stage", 1)
+        if self.pipeline is None or stages == 1 or "L" not in letters or shape[letters.index("L")] % stages:
+            return self.params
+        return self.within_stage | {"L": ("stage",)}
+
+    @property
+    def within_stage(self) -> Mapping[str, Axes]:
+        """How a stage stores what is on it."""
+        return _without_stage(self.params)
+
     def __hash__(self) -> int:
-        return hash(
-            (_frozen(self.params), _frozen(self.acts), self.gather, self.reduce, self.matmul, self.experts)
-        )
+        how = self.gather, self.reduce, self.matmul, self.pipeline, self.experts
+        return hash((_frozen(self.params), _frozen(self.acts), *how))
+
+
+def _without_stage(mapping: Mapping[str, Axes]) -> dict[str, Axes]:
+    return {letter: tuple(axis for axis in axes_of(mapping, letter) if axis != "stage") for letter in mapping}
 
 
 def _frozen(mapping: Mapping[str, Axes]) -> frozenset:
@@ -144,9 +235,11 @@ TP_SP = Rules(params=_SPLIT, acts=_TENSOR_SP)
 FSDP_TP = Rules(params=_map((*_BATCH, *_SEQUENCE), "DA") | _SPLIT, acts=_TENSOR)
 # `expert` shards E, so neither D nor C of the same array can be on it. `context` ranks hold equal weights, so storing
 # a part each costs no more traffic than all-reducing their gradients; `replica` and `data` are there to hold copies.
+# `stage` comes last in D: what is stored over it goes to the stages' layers by one all-to-all.
 DEFAULT = Rules(
-    params=_map(("stage", "fsdp", "context"), "DA") | _SPLIT | _map(("expert",), "E"),
-    acts=_TENSOR_SP | _map(("replica", "data", "stage", "fsdp", "context"), "C") | _map(("expert",), "E"),
+    params=_map(("fsdp", "context", "stage"), "DA") | _SPLIT | _map(("expert",), "E"),
+    acts=_TENSOR_SP | _map(("replica", "data", "fsdp", "context"), "C") | _map(("expert",), "E"),
+    pipeline=Interleaved(),
 )
 
 PRESETS: dict[str, Rules] = {

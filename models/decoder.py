@@ -58,7 +58,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BS) -> jax.Array:
         """tokens_BS -> x_BRD, the start of the residual stream."""
-        return constrain(constrain(self.embed_VD[...], "VD")[tokens_BS], "BRD")
+        # By way of "BSD": the gradient then adds up rows of one layout, where the partitioner would exchange shards.
+        return constrain(constrain(constrain(self.embed_VD[...], "VD")[tokens_BS], "BSD"), "BRD")
 
     def stacks(self) -> tuple[dict[str, jax.Array], ...]:
         """In order of execution: the parameters of equal layers by name, L first."""

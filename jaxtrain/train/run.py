@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import meshes
 from jaxtrain import runtime
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.config import RunConfig, check_layout, encode, flatten
+from jaxtrain.config import RunConfig, check_layout, encode, flatten, runs_pipeline
 from jaxtrain.data import Loader
 from jaxtrain.errors import RunError
 from jaxtrain.observe.folder import RunFolder
@@ -23,6 +23,7 @@ from jaxtrain.observe.recorder import Recorder, StepClock
 from jaxtrain.observe.throughput import peak_flops
 from jaxtrain.train.evaluate import Evaluator, open_data
 from jaxtrain.train.loop import Loop
+from jaxtrain.train.pipeline import describe
 from jaxtrain.train.signals import StopFlag
 from jaxtrain.train.state import Blueprint, State
 from jaxtrain.train.step import train_step
@@ -66,6 +67,8 @@ def _run(config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitSta
     state = restored[0] if restored else blueprint.init()
     first_step = int(state.step)
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
+    if runs_pipeline(config, mesh.shape):
+        _say(process, describe(config, mesh.shape))
     if first_step >= config.steps:
         _say(process, f"nothing to train: the run stands at step {first_step} of {config.steps}")
     recorder = Recorder(config.sinks if process.lead else (), config.run_dir, first_step, config.steps)

@@ -54,10 +54,12 @@ class Blueprint:
             is_leaf=_is_masked,
         )
         self.shapes, self.letters = jax.eval_shape(self._init, jax.random.key(0)), self._letters(letters, opt)
-        self.shardings = meshes.shardings(mesh, self.rules.params, self.letters)
-        leaves = jax.tree_util.tree_leaves_with_path(self.shapes)
-        for (path, shape), name in zip(leaves, jax.tree.leaves(self.letters), strict=True):
-            meshes.check(mesh, self.rules.params, name, shape.shape, jax.tree_util.keystr(path))
+        self.shardings = jax.tree_util.tree_map_with_path(self._sharding, self.shapes, self.letters)
+
+    def _sharding(self, path: Any, shape: Any, letters: meshes.rules.Letters) -> NamedSharding:
+        mapping = self.rules.stored(letters, shape.shape, self.mesh.shape)
+        meshes.check(self.mesh, mapping, letters, shape.shape, jax.tree_util.keystr(path))
+        return meshes.sharding(self.mesh, letters, mapping)
 
     def model(self, params: Any) -> Model:
         """The module over these parameters (arrays or tracers, any dtype)."""

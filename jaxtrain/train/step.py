@@ -13,8 +13,9 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import meshes
+from jaxtrain.config import num_microbatches, runs_pipeline
 from jaxtrain.protocols import Extras
-from jaxtrain.train import diloco
+from jaxtrain.train import diloco, pipeline
 from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint, State
@@ -86,7 +87,8 @@ def eval_step(blueprint: Blueprint) -> Callable[[Any, Batch, Array], tuple[Array
     """(params, batch, token_bytes_V) -> the batch's sums: nll in nats, targets counted, bytes that they stand for."""
 
     def step(params: Any, batch: Batch, token_bytes_V: Array) -> tuple[Array, Array, Array]:
-        with meshes.use(blueprint.mesh, blueprint.rules):
+        with meshes.use(blueprint.mesh, pipeline.unstaged(blueprint)):
+            batch = jax.tree.map(lambda x_BS: meshes.constrain(x_BS, "BS"), batch)
             sums, _ = _loss(blueprint, _compute_copy(blueprint, params), batch)[1]
             num_bytes = (token_bytes_V[batch["targets"]] * batch["weights"]).sum()
         return sums.nll, sums.count, num_bytes
@@ -118,6 +120,9 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
 
     Each microbatch's objective is divided by the whole batch's count, so accumulation changes no weight of any token.
     """
+    if runs_pipeline(blueprint.config, blueprint.mesh.shape):
+        parts = num_microbatches(blueprint.config, blueprint.mesh.shape)
+        return pipeline.gradients(blueprint, params, jax.tree.map(lambda x: _microbatches(x, parts), batch))
     count = jnp.maximum(batch["weights"].sum(), 1.0)
     if blueprint.config.accumulate == 1:
         return _microbatch_gradients(blueprint, params, batch, count)

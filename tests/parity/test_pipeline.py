@@ -1,0 +1,199 @@
+"""Pipelines compute what one device computes, store and checkpoint what it stores, and move no more than they say."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import meshes
+from jaxtrain.config import check_layout, num_microbatches
+from jaxtrain.errors import ConfigError
+from jaxtrain.generate import generate
+from jaxtrain.train.pipeline import divide
+from jaxtrain.train.state import Blueprint
+from jaxtrain.train.step import eval_step, train_step
+from meshes import DEFAULT, ZERO1, GPipe, Interleaved, OneFOneB, ZeroBubble
+from tests.parity.test_layouts import (
+    CONFIG,
+    MODEL,
+    ONE_UPDATE,
+    REORDERED,
+    _assert_close,
+    _batch,
+    _gradients,
+    _on,
+    _one_device,
+)
+
+FIVE = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_layers=5))  # which 2 and 4 do not divide
+TIED = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, tied=True))
+SLOW = pytest.mark.slow
+
+
+def _with(config, pipeline, rules=DEFAULT, **changes):
+    return dataclasses.replace(config, rules=dataclasses.replace(rules, pipeline=pipeline), **changes)
+
+
+def _assert_equal_to_one_device(config, **sizes):
+    loss, ours, *_ = _on(config, **({"fsdp": 1} | sizes))
+    plain = dataclasses.replace(config, rules=DEFAULT, accumulate=1)
+    expected_loss, expected = _one_device(plain)
+    assert loss == pytest.approx(expected_loss, rel=REORDERED)
+    _assert_close(_gradients(ours), _gradients(expected), REORDERED)
+    _assert_close(ours.params, expected.params, ONE_UPDATE)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(stage=2),
+        dict(stage=2, fsdp=2, tensor=2),
+        dict(stage=2, fsdp=2, data=2),
+        dict(stage=2, context=2, fsdp=2),
+        pytest.param(dict(stage=2, expert=2, fsdp=2), marks=SLOW),
+        pytest.param(dict(stage=2, replica=2, tensor=2), marks=SLOW),
+        pytest.param(dict(stage=2, context=2, tensor=2), marks=SLOW),
+    ],
+    ids=lambda sizes: " ".join(f"{axis}{size}" for axis, size in sizes.items()),
+)
+def test_stages_beside_other_axes_equal_one_device(sizes, capfd):
+    _assert_equal_to_one_device(CONFIG, **sizes)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "sizes"),
+    [
+        (OneFOneB(), dict(stage=4, fsdp=2)),
+        (ZeroBubble(), dict(stage=2, tensor=2, data=2)),
+        (Interleaved(chunks=2), dict(stage=2, fsdp=2)),
+        pytest.param(GPipe(keep="inputs"), dict(stage=2, tensor=2), marks=SLOW),
+        pytest.param(ZeroBubble(keep="inputs"), dict(stage=4), marks=SLOW),
+        pytest.param(Interleaved(keep="inputs"), dict(stage=4, tensor=2), marks=SLOW),
+    ],
+    ids=str,
+)
+def test_every_schedule_equals_one_device_with_layers_that_do_not_divide(pipeline, sizes):
+    _assert_equal_to_one_device(_with(FIVE, pipeline), **sizes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        _with(TIED, GPipe()),
+        pytest.param(_with(TIED, OneFOneB(), accumulate=2), marks=SLOW),
+        _with(CONFIG, Interleaved(), rules=ZERO1),
+        pytest.param(_with(CONFIG, Interleaved(), rules=meshes.HSDP), marks=SLOW),
+        pytest.param(_with(CONFIG, Interleaved(), model=dataclasses.replace(MODEL, remat="full")), marks=SLOW),
+        pytest.param(_with(CONFIG, Interleaved(), model=dataclasses.replace(MODEL, scan_layers=False)), marks=SLOW),
+    ],
+    ids=["tied", "tied accumulated", "ZERO1", "HSDP", "remat", "unrolled"],
+)
+def test_models_and_rules_in_a_pipeline_equal_one_device(config):
+    _assert_equal_to_one_device(config, stage=2, fsdp=2)
+
+
+def _blueprint(config, **sizes):
+    config = dataclasses.replace(config, mesh=meshes.MeshConfig(**({"fsdp": 1} | sizes)))
+    return Blueprint(config, meshes.make(config.mesh, jax.devices()[: int(np.prod(list(sizes.values())))]))
+
+
+def test_stages_store_their_layers_and_equal_parts_of_what_does_not_divide():
+    two, five = _blueprint(CONFIG, stage=2, fsdp=2), _blueprint(FIVE, stage=2, fsdp=2)
+
+    def shards(blueprint):
+        return jax.tree.map(lambda x, s: s.shard_shape(x.shape), blueprint.shapes, blueprint.shardings)
+
+    assert shards(two).params["gate_LDF"] == (1, 16, 64)
+    assert shards(five).params["gate_LDF"] == (5, 8, 64)
+    assert shards(two).params["embed_VD"] == (64, 8)
+    plain = _blueprint(CONFIG, fsdp=4)
+    assert jax.tree.map(lambda x: x.shape, two.shapes) == jax.tree.map(lambda x: x.shape, plain.shapes)
+
+
+@pytest.mark.parametrize("batch", [CONFIG.batch, 6], ids=["batch divides", "batch does not"])
+def test_evaluation_and_text_under_stages_equal_one_device(batch):
+    config = dataclasses.replace(FIVE, batch=batch)
+    sizes = dict(stage=4, tensor=2) if batch == 6 else dict(stage=2, fsdp=2)
+    found = []
+    for blueprint in (_blueprint(config, **sizes), _blueprint(config, fsdp=1)):
+        params = blueprint.init().params
+        rows = jax.device_put(_batch(config), blueprint.batch_sharding())
+        sums = [float(x) for x in eval_step(blueprint)(params, rows, np.ones(64, np.float32))]
+        found.append((sums, generate(blueprint, params, [[1, 2, 3], [4]], tokens=3, temperature=0.0)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=REORDERED)
+    assert found[0][1] == found[1][1]
+
+
+def test_layers_lie_where_their_virtual_stage_is():
+    found = divide((1, 5), [2, 1, 1, 2], stages=2)  # a stack of one layer, then one of five; two chunks
+    assert found.counts == ((1, 1), (0, 1), (0, 1), (0, 2))
+    assert found.rows[0].tolist() == [[[0], [0]], [[0], [0]]]
+    assert found.rows[1].tolist() == [[[0, 0], [2, 0]], [[1, 0], [3, 4]]]
+    assert [rows.ravel()[places].tolist() for rows, places in zip(found.rows, found.places)] == [[0], [0, 1, 2, 3, 4]]
+    assert divide((4,), [2, 2], stages=2).in_order(0)
+    assert not divide((4,), [1, 1, 1, 1], stages=2).in_order(0)
+    assert not divide((3,), [2, 1], stages=2).in_order(0)
+
+
+def _compiled(config, **sizes):
+    blueprint = _blueprint(config, **sizes)
+    described = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    batch = {name: described(x, blueprint.batch_sharding()) for name, x in _batch(config).items()}
+    stop = described(np.zeros(blueprint.mesh.size, np.int32), meshes.per_device(blueprint.mesh))
+    return train_step(blueprint).lower(blueprint.abstract, batch, stop).compile()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(stage=2, fsdp=2, tensor=2),
+        pytest.param(dict(stage=2, context=2, fsdp=2), marks=SLOW),
+        pytest.param(dict(stage=2, context=2, tensor=2), marks=SLOW),
+    ],
+    ids=str,
+)
+def test_only_the_two_sends_permute_and_weights_are_gathered_within_the_branches(sizes):
+    """A permute waits for all devices that it names, also those of stages in another branch: it would wait for ever."""
+    text = _compiled(CONFIG, **sizes).as_text()
+    permutes = re.findall(r"^.*collective-permute\(.*$", text, re.MULTILINE)
+    assert len(permutes) == 2 and all("/ppermute" in line for line in permutes)
+    gathers = re.findall(r"^.*= (\S+) all-gather\(.*op_name=\"([^\"]*)\"", text, re.MULTILINE)
+    weights = [where for shape, where in gathers if "while/body" in where]
+    assert weights and all("/cond/" in where for where in weights)
+
+
+def test_memory_of_a_training_step_does_not_grow_with_microbatches():
+    def memory(pipeline, microbatches):
+        config = _with(CONFIG, pipeline, batch=microbatches, accumulate=microbatches)
+        return _compiled(config, stage=2).memory_analysis().temp_size_in_bytes
+
+    assert memory(OneFOneB(), 32) <= 1.2 * memory(OneFOneB(), 8)
+    assert memory(GPipe(), 32) > 2 * memory(GPipe(), 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "said"),
+    [
+        (dict(accumulate=2), dict(stage=4), "accumulate = 4"),
+        (dict(batch=4), dict(stage=4, fsdp=2), "batch = 8"),
+        (dict(), dict(stage=8), "mesh.stage = 4"),
+        (dict(rules=dataclasses.replace(DEFAULT, pipeline=Interleaved(chunks=4))), dict(stage=2), "mesh.stage = 1"),
+        (dict(rules=dataclasses.replace(DEFAULT, pipeline=Interleaved(chunks=9))), dict(stage=2), "chunks = 2"),
+        (dict(batch=9), dict(stage=2, fsdp=2), "batch = 10"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_filled_is_refused_with_what_works(changes, sizes, said):
+    config = dataclasses.replace(FIVE, **changes, mesh=meshes.MeshConfig(**({"fsdp": 1} | sizes)))
+    with pytest.raises(ConfigError, match=said):
+        check_layout(config, int(np.prod(list(sizes.values()))))
+
+
+def test_microbatches_are_chosen_where_the_config_leaves_them():
+    assert num_microbatches(CONFIG, dict(stage=2)) == 8
+    assert num_microbatches(CONFIG, dict(stage=2, fsdp=4)) == 2
+    assert num_microbatches(dataclasses.replace(CONFIG, accumulate=4), dict(stage=2)) == 4
+    assert num_microbatches(dataclasses.replace(CONFIG, batch=100), dict(stage=2)) == 5
+    assert num_microbatches(CONFIG, dict(fsdp=4)) == 1
