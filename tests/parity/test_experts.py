@@ -61,6 +61,8 @@ MESHES = {
     "data2 expert4": dict(data=2, expert=4),
     "fsdp2 context2 tensor2": dict(fsdp=2, context=2, tensor=2),
     "replica2 expert2 context2": dict(replica=2, expert=2, context=2),
+    "stage2 expert2 fsdp2": dict(stage=2, expert=2, fsdp=2),
+    "stage2 expert2 tensor2": dict(stage=2, expert=2, tensor=2),
 }
 FAST = {
     "moe": ["expert8", "expert2 fsdp2 tensor2", "expert4 context2"],
