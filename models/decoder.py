@@ -59,7 +59,10 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BS) -> jax.Array:
         """tokens_BS -> x_BRD, the start of the residual stream."""
         # By way of "BSD": the gradient then adds up rows of one layout, where the partitioner would exchange shards.
-        return constrain(constrain(constrain(self.embed_VD[...], "VD")[tokens_BS], "BSD"), "BRD")
+        # Within a pipeline's stage jax 0.12's partitioner aborts on a look-up in a table whose rows are apart.
+        staged = "stage" in jax.sharding.get_abstract_mesh().manual_axes
+        table_VD = constrain(self.embed_VD[...], "_D" if staged else "VD")
+        return constrain(constrain(table_VD[tokens_BS], "BSD"), "BRD")
 
     def stacks(self) -> tuple[dict[str, jax.Array], ...]:
         """In order of execution: the parameters of equal layers by name, L first."""
