@@ -177,6 +177,13 @@ def _check_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> None:
     """Raises ConfigError where microbatches or layers are too few for the stages."""
     if not runs_pipeline(config, sizes):
         return
+    if config.rules.matmul == "ring" and sizes.get("tensor", 1) > 1:
+        raise ConfigError(
+            "a ring of products cannot run within a pipeline's stages.",
+            got=f"mesh {_short(sizes)}, rules.matmul 'ring'",
+            rule="a permute waits for all devices that it names, also those of stages that do something else",
+            fix="rules.matmul = 'whole'",
+        )
     count, stages, rows = num_microbatches(config, sizes), sizes["stage"], config.rules.shards("B", sizes)
     if count < stages:
         enough, more = config.batch % (rows * stages) == 0, _round_up(config.batch, rows * stages)

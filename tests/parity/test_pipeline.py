@@ -183,6 +183,7 @@ def test_memory_of_a_training_step_does_not_grow_with_microbatches():
         (dict(rules=dataclasses.replace(DEFAULT, pipeline=Interleaved(chunks=4))), dict(stage=2), "mesh.stage = 1"),
         (dict(rules=dataclasses.replace(DEFAULT, pipeline=Interleaved(chunks=9))), dict(stage=2), "chunks = 2"),
         (dict(batch=9), dict(stage=2, fsdp=2), "batch = 10"),
+        (dict(rules=dataclasses.replace(DEFAULT, matmul="ring")), dict(stage=2, tensor=2), "rules.matmul = 'whole'"),
     ],
 )
 def test_a_pipeline_that_cannot_be_filled_is_refused_with_what_works(changes, sizes, said):
