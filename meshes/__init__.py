@@ -20,11 +20,14 @@ from meshes.rules import (
     ZERO1,
     ZERO2,
     Capacity,
+    Gathered,
     GPipe,
     Interleaved,
     OneFOneB,
     Ragged,
+    Ring,
     Rules,
+    Ulysses,
     ZeroBubble,
 )
 
@@ -52,8 +55,8 @@ _PLACE = (
 )  # fmt: skip
 
 __all__ = [
-    "AXES", "Capacity", "DEFAULT", "DP", "FSDP", "FSDP_TP", "GPipe", "HSDP", "Interleaved", "LETTERS", "LayoutError",
-    "MeshConfig", "NAMELESS", "OneFOneB", "PRESETS", "Ragged", "Rules", "TP", "TP_SP", "UserError", "ZERO1", "ZERO2", "ZeroBubble", "closest",
+    "AXES", "Capacity", "DEFAULT", "DP", "FSDP", "FSDP_TP", "GPipe", "Gathered", "HSDP", "Interleaved", "LETTERS", "LayoutError",
+    "MeshConfig", "NAMELESS", "OneFOneB", "PRESETS", "Ragged", "Ring", "Rules", "TP", "TP_SP", "Ulysses", "UserError", "ZERO1", "ZERO2", "ZeroBubble", "closest",
     "describe", "make", "product", *_PLACE,
 ]  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from meshes.axes import AXES, LETTERS
 from meshes.errors import LayoutError, closest
@@ -56,6 +56,33 @@ class Capacity:
 
 
 Experts = Ragged | Capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """Each device gathers the keys and values of the whole sequence, a layer at a time: one collective, nothing waits.
+
+    The keys and values of a layer do not shrink with the axis: for grouped-query models of moderate length.
+    """
+
+    zigzag: bool = True  # columns in an order that makes causal attention equal work for all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Keys and values go from device to device while the ones at hand are multiplied: memory falls with the axis."""
+
+    zigzag: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ulysses:
+    """Two all-to-alls a layer give each device whole sequences of some heads, for any kernel; heads must divide."""
+
+    zigzag: ClassVar[bool] = False  # whole sequences are equal work as they are
+
+
+Context = Gathered | Ring | Ulysses
 
 
 def axes_of(mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
@@ -139,6 +166,7 @@ class Rules:
     or "ring". Where both maps agree nothing moves. `pipeline` runs layers over the axis `stage`, which then shards
     nothing else in compute: `acts` is without it. Raises LayoutError on an unknown name.
     `experts` is how tokens reach experts that axes keep apart.
+    `context` is how attention reads a sequence that axes cut.
     """
 
     params: dict[str, Axes]
@@ -148,6 +176,7 @@ class Rules:
     matmul: str = "whole"
     experts: Experts = Ragged()
     pipeline: Pipeline | None = None
+    context: Context = Ring()
 
     def __post_init__(self):
         for side in ("params", "acts"):
@@ -187,7 +216,7 @@ class Rules:
         return _without_stage(self.params)
 
     def __hash__(self) -> int:
-        how = self.gather, self.reduce, self.matmul, self.pipeline, self.experts
+        how = self.gather, self.reduce, self.matmul, self.pipeline, self.experts, self.context
         return hash((_frozen(self.params), _frozen(self.acts), *how))
 
 

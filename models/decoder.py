@@ -10,6 +10,7 @@ from flax import nnx
 from jax import checkpoint_policies as policies
 
 from meshes import constrain, overlap
+from meshes.context import columns
 from models.draw import normals
 from models.kernels import attend
 from models.family import Dense, Grouped, Stack
@@ -49,7 +50,7 @@ class Decoder(nnx.Module):
         segments_BS None: one document a row. positions_BS None: 0, 1, ... Raises LayoutError if a required way refuses.
         """
         if positions_BS is None:
-            positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
+            positions_BS = jnp.broadcast_to(columns(tokens_BS.shape[1])[None], tokens_BS.shape)
         x_BRD, found = self.embed(tokens_BS), []
         for stack, weights in enumerate(self.stacks()):
             x_BRD, extras = self.through(stack, weights, x_BRD, segments_BS, positions_BS)

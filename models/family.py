@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from meshes import DEFAULT, LayoutError, Rules, UserError, closest
 from meshes.rules import Axes, axes_of
-from models.attention import Attention, Auto
+from models.attention import Attention, Auto, check_cut
 
 Remat = Literal["none", "dots", "projections", "full"]
 REMAT: dict[str, str] = {
@@ -220,6 +220,8 @@ class DecoderConfig:
         dims = dict.fromkeys(dim for p in self.parameters().values() for dim in p.dims)
         _check_division(dims, rules.params, axes)
         _check_division([*dims, ("S", "seq_len", seq_len), ("R", "seq_len", seq_len)], rules.acts, axes)
+        for num_heads in {size for letter, _, size in dims if letter == "N"}:
+            check_cut(self.attention, rules, axes, seq_len, num_heads)
 
 
 def check_positive(fields: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from jaxtrain.train import diloco, pipeline
 from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint, State
+from meshes.context import balanced
 
 Batch = dict[str, Array]
 
@@ -32,7 +33,7 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
     config = blueprint.config
 
     def step(state: State, batch: Batch, stop: Array) -> tuple[State, dict[str, Array]]:
-        with meshes.use(blueprint.mesh, blueprint.rules):
+        with meshes.use(blueprint.mesh, blueprint.rules), balanced(batch) as batch:
             state, (sums, extras, norm) = _advance(blueprint, state, batch)
             metrics = {
                 "train/loss": sums.nll / sums.count,
@@ -87,7 +88,7 @@ def eval_step(blueprint: Blueprint) -> Callable[[Any, Batch, Array], tuple[Array
     """(params, batch, token_bytes_V) -> the batch's sums: nll in nats, targets counted, bytes that they stand for."""
 
     def step(params: Any, batch: Batch, token_bytes_V: Array) -> tuple[Array, Array, Array]:
-        with meshes.use(blueprint.mesh, pipeline.unstaged(blueprint)):
+        with meshes.use(blueprint.mesh, pipeline.unstaged(blueprint)), balanced(batch) as batch:
             batch = jax.tree.map(lambda x_BS: meshes.constrain(x_BS, "BS"), batch)
             sums, _ = _loss(blueprint, _compute_copy(blueprint, params), batch)[1]
             num_bytes = (token_bytes_V[batch["targets"]] * batch["weights"]).sum()

@@ -133,6 +133,12 @@ def test_rules_of_other_transports_of_tokens_differ():
     assert len(made) == len(others) and meshes.DEFAULT in made
 
 
+def test_rules_of_other_algorithms_differ():
+    others = [meshes.Gathered(), meshes.Ring(), meshes.Ring(zigzag=False), meshes.Ulysses()]
+    made = {dataclasses.replace(meshes.DEFAULT, context=context) for context in others}
+    assert len(made) == len(others) and meshes.DEFAULT in made
+
+
 def test_a_preset_is_changed_by_replacing_one_letter():
     rules = dataclasses.replace(meshes.DEFAULT, acts=meshes.DEFAULT.acts | {"K": None})
     assert meshes.spec("BSKH", rules.acts)[2] is None and meshes.spec("BSNH", rules.acts)[2] == "tensor"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import models.attention
-from meshes import LayoutError
-from models.attention import Auto, Chunked, CuDNN, Dense, Site, choose
+from meshes import DEFAULT, Gathered, LayoutError, Ring, Ulysses
+from models.attention import Auto, Chunked, CuDNN, Dense, Site, Tiled, check_cut, choose
 from models.kernels import attend
 from tests.models import reference
 
@@ -38,7 +38,7 @@ def _forget_what_was_said():
 def test_cudnn_refuses_with_a_reason_and_the_next_way_is_taken(change, reason, capsys):
     site = dataclasses.replace(GPU, **change)
     taken = choose(CuDNN(), site)
-    assert taken == (Dense() if site.shards > 1 else Chunked())
+    assert taken == (Tiled() if site.shards > 1 or site.seq_len > 8192 else Chunked())
     said = capsys.readouterr().err
     assert reason in said and "CuDNN refused" in said
     choose(CuDNN(), site)
@@ -47,12 +47,18 @@ def test_cudnn_refuses_with_a_reason_and_the_next_way_is_taken(change, reason, c
         choose(CuDNN(require=True), site)
 
 
-def test_chunks_refuse_a_sharded_sequence(capsys):
-    sharded = dataclasses.replace(CPU, shards=2)
-    assert choose(Chunked(chunk=64), sharded) == Dense()
-    assert "Chunked refused, Dense instead: the sequence is sharded 2 ways" in capsys.readouterr().err
-    with pytest.raises(LayoutError, match="Chunked is required"):
-        choose(Chunked(require=True), sharded)
+@pytest.mark.parametrize("way", [Chunked(chunk=64), Dense()])
+def test_ways_that_keep_probabilities_refuse_a_sharded_sequence(way, capsys):
+    sharded, name = dataclasses.replace(CPU, shards=2), type(way).__name__
+    assert choose(way, sharded) == Tiled()
+    assert f"{name} refused, Tiled instead: the sequence is sharded 2 ways" in capsys.readouterr().err
+    with pytest.raises(LayoutError, match=f"{name} is required"):
+        choose(dataclasses.replace(way, require=True), sharded)
+
+
+def test_chunks_refuse_a_sequence_whose_probabilities_fill_the_memory(capsys):
+    assert choose(Chunked(), dataclasses.replace(CPU, seq_len=16_384)) == Tiled()
+    assert "Chunked refused, Tiled instead: it keeps probabilities, at most 8,192 long" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,8 @@ def test_chunks_refuse_a_sharded_sequence(capsys):
         (dataclasses.replace(GPU, packed=True), CuDNN()),
         (dataclasses.replace(GPU, dtype="float32"), Chunked()),
         (CPU, Chunked()),
-        (dataclasses.replace(CPU, shards=2), Dense()),
+        (dataclasses.replace(CPU, shards=2), Tiled()),
+        (dataclasses.replace(CPU, seq_len=16_384), Tiled()),
     ],
 )
 def test_auto_takes_the_best_way_in_silence(site, way, capsys):
@@ -70,7 +77,7 @@ def test_auto_takes_the_best_way_in_silence(site, way, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("way", [CuDNN(), Chunked(chunk=32), Dense()])
+@pytest.mark.parametrize("way", [CuDNN(), Chunked(chunk=32), Tiled(tile=32), Dense()])
 def test_a_way_that_is_not_refused_is_taken_as_it_is(way, capsys):
     assert choose(way, GPU) is way
     assert capsys.readouterr().err == ""
@@ -92,6 +99,7 @@ def _expected(q, k, v, segments):
 
 
 WAYS = {"dense": Dense(), "auto": Auto(), **{f"chunks of {n}": Chunked(chunk=n) for n in (5, 22, 64)}}
+WAYS |= {f"tiles of {n}": Tiled(tile=n) for n in (1, 5, 64)}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -142,6 +150,39 @@ def test_chunks_multiply_half_of_what_dense_does():
         return jax.jit(lambda *x: attend(way, *x)).lower(q, k, v).cost_analysis()["flops"]
 
     assert flops(Chunked(chunk=8)) < 0.6 * flops(Dense())  # (1 + 8 / 64) / 2 = 0.5625
+
+
+CUT = dict(axes={"context": 4, "tensor": 2}, seq_len=64, num_heads=16)
+
+
+@pytest.mark.parametrize(
+    ("rules", "wanted", "change", "said"),
+    [
+        (Ring(), Auto(), dict(seq_len=60), r"seq_len = 60 .* 8 chunks[^$]*fix   seq_len = 64, or Ring\(zigzag=False\)"),
+        (Gathered(), CuDNN(require=True), {}, r"CuDNN is required and takes no sequence that is cut[^$]*Ulysses\(\)"),
+        (Ring(), Dense(require=True), {}, r"Dense is required[^$]*mesh.context = 1"),
+        (Ulysses(), Auto(), dict(num_heads=12), r"12 does not divide over 8[^$]*copied to all[^$]*context axis of 3"),
+        (Ulysses(), Auto(), dict(num_heads=2), r"num_heads = 2[^$]*fix   rules.context = Ring\(\).* context axis of 1"),
+    ],
+)
+def test_what_cannot_run_over_a_cut_sequence_is_refused_before_it_runs(rules, wanted, change, said):
+    rules = dataclasses.replace(DEFAULT, context=rules)
+    with pytest.raises(LayoutError, match=said):
+        check_cut(wanted, rules, **(CUT | change))
+    check_cut(wanted, rules, **(CUT | change | dict(axes={"tensor": 2})))
+
+
+@pytest.mark.parametrize(
+    ("rules", "wanted", "change"),
+    [
+        (Ring(zigzag=False), Auto(), dict(seq_len=60)),
+        (Ulysses(), CuDNN(require=True), dict(seq_len=60)),
+        (Ring(), Tiled(require=True), {}),
+        (Gathered(), Dense(), dict(num_heads=2)),
+    ],
+)
+def test_what_can_run_over_a_cut_sequence_is_not_refused(rules, wanted, change):
+    check_cut(wanted, dataclasses.replace(DEFAULT, context=rules), **(CUT | change))
 
 
 @pytest.mark.gpu

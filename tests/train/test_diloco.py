@@ -69,7 +69,14 @@ def _assert_close(ours, reference):
     jax.tree_util.tree_map_with_path(compare, jax.device_get(ours), jax.device_get(reference))
 
 
-@pytest.mark.parametrize("sizes", [dict(replica=2), dict(replica=2, fsdp=2, tensor=2)], ids=["alone", "fsdp2 tensor2"])
+LAYOUTS = {
+    "alone": dict(replica=2),
+    "fsdp2 tensor2": dict(replica=2, fsdp=2, tensor=2),
+    "context2 tensor2": dict(replica=2, context=2, tensor=2),
+}
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_outer_step_of_rate_1_after_every_step_is_plain_data_parallelism(sizes, accumulate):
     config = dataclasses.replace(CONFIG, accumulate=accumulate)
