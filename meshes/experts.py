@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from meshes.context import columns
 from meshes.errors import LayoutError
 from meshes.place import Layout, constrain, current, platform
 from meshes.rules import Capacity, Ragged, axes_of
@@ -58,7 +59,7 @@ def apply(weights: Weights, x_BSD: Array, chosen_BSk: Array, gates_BSk: Array) -
     layout = current()
     if layout is None:
         return _local(Ragged(), Place(), x_BSD, chosen_BSk, gates_BSk, weights)
-    place, way = _place(layout), layout.rules.experts
+    place, way = _place(layout)._replace(columns=columns(x_BSD.shape[1])), layout.rules.experts
     _announce(way, place)
     given = ("BS_", "BS_", "BS_", Weights("EDF", "EDF", "EFD"))
     run = _on_devices(layout, partial(_local, way, place), given, ("BR_" if place.scattered else "BS_", ""))
