@@ -20,7 +20,7 @@ from jaxtrain.train.optim import AdamW, Optim
 from jaxtrain.train.precision import Precision
 from jaxtrain.train.replicas import Replicas, Together
 from jaxtrain.xla import XlaFlags
-from meshes import DEFAULT, MeshConfig, Rules
+from meshes import DEFAULT, Gathered, MeshConfig, Ring, Rules
 
 M = TypeVar("M")  # the architecture's config: any dataclass that satisfies protocols.ModelConfig
 
@@ -207,6 +207,16 @@ def _check_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> None:
 def runs_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> bool:
     """Whether a mesh of these axis sizes runs the rules' pipeline."""
     return sizes.get("stage", 1) > 1 and config.rules.pipeline is not None
+
+
+def within_stages(config: RunConfig, sizes: Mapping[str, int]) -> Rules:
+    """The config's rules; where a pipeline runs, a ring of keys gives way to gathered ones.
+
+    A permute waits for all devices that it names, also those of stages that are in another branch of the program.
+    """
+    if not (runs_pipeline(config, sizes) and isinstance(config.rules.context, Ring)):
+        return config.rules
+    return dataclasses.replace(config.rules, context=Gathered(zigzag=config.rules.context.zigzag))
 
 
 def layers_per_stage(config: RunConfig, sizes: Mapping[str, int]) -> list[int]:

@@ -137,7 +137,6 @@ class _Plan:
     tile: int
     zigzag: bool
     ring: bool
-    branches: bool  # on CPU, inside a pipeline
 
     def spec(self, ndim: int) -> PartitionSpec:
         axes = (self.rows or None, self.columns or None, self.heads or None)
@@ -175,8 +174,7 @@ def _plan(q_BSNH: Array, tile: int) -> _Plan:
     limit = tile or math.isqrt(TILE_BYTES["gpu" if platform() == "gpu" else "cpu"] // (4 * B * N))
     tile = next(t for t in range(max(1, min(limit, chunk)), 0, -1) if chunk % t == 0)
     ring = layout is not None and not isinstance(layout.rules.context, Gathered)
-    branches = "stage" in inside.manual_axes and platform() == "cpu"
-    return _Plan(mesh, rows, columns, heads, parts[1], chunk, tile, zigzag, ring, branches)
+    return _Plan(mesh, rows, columns, heads, parts[1], chunk, tile, zigzag, ring)
 
 
 class _Queries(NamedTuple):
@@ -308,13 +306,8 @@ def _passed(plan, tree: Any) -> Any:
 
 
 def _shifted(plan, x: Array) -> Array:
-    """From the shard before. Stages of a pipeline are in different branches, and there XLA on CPUs mixes up permutes of
-    different operations (seen with jax 0.10.2; other collectives keep to their groups): then by a padded all-to-all."""
-    if not plan.branches:
-        return lax.ppermute(x, plan.columns, [(shard, (shard + 1) % plan.shards) for shard in range(plan.shards)])
-    here = lax.axis_index(plan.columns)
-    padded = jnp.zeros((plan.shards, *x.shape), x.dtype).at[(here + 1) % plan.shards].set(x)
-    return lax.all_to_all(padded, plan.columns, 0, 0, tiled=True)[(here - 1) % plan.shards]
+    """From the shard before."""
+    return lax.ppermute(x, plan.columns, [(shard, (shard + 1) % plan.shards) for shard in range(plan.shards)])
 
 
 def _read(words: Array, like: Array) -> Array:

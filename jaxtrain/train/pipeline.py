@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 import meshes
-from jaxtrain.config import RunConfig, layers_per_stage, num_microbatches
+from jaxtrain.config import RunConfig, layers_per_stage, num_microbatches, within_stages
 from jaxtrain.protocols import Extras, Model
 from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.state import Blueprint
@@ -33,10 +33,12 @@ def describe(config: RunConfig, sizes: Mapping[str, int]) -> str:
     """What runs, in a line."""
     simulation = _simulation(config, sizes)
     layers = " ".join(map(str, layers_per_stage(config, sizes)))
-    return (
+    line = (
         f"pipeline {config.rules.pipeline}: {simulation.table.num_microbatches} microbatches, layers {layers}; "
         f"{simulation.lockstep.bubble:.0%} of the time idle"
     )
+    ring = within_stages(config, sizes) != config.rules and sizes.get("context", 1) > 1
+    return f"{line}; attention gathers keys, for a ring's messages would wait for other stages" if ring else line
 
 
 def unstaged(blueprint: Blueprint) -> Rules:

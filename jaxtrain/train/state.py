@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 import meshes
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, within_stages
 from jaxtrain.protocols import Model
 from jaxtrain.train import diloco
 from jaxtrain.train.replicas import DiLoCo
@@ -40,7 +40,7 @@ class Blueprint:
     """A run's state as descriptions: same tree three times, of shapes, of letters and of shardings on `mesh`."""
 
     def __init__(self, config: RunConfig, mesh: Mesh):
-        self.config, self.mesh, self.rules = config, mesh, _rules(config)
+        self.config, self.mesh, self.rules = config, mesh, _rules(config, mesh)
         abstract = nnx.eval_shape(lambda: config.model.build(jax.random.key(0)))
         self._graph, self._slots = nnx.split(abstract)
         letters = nnx.to_pure_dict(jax.tree.map(lambda p: p.letters, self._slots, is_leaf=_is_param))
@@ -100,12 +100,13 @@ class Blueprint:
         return meshes.sharding(self.mesh, "BS", self.rules.acts)
 
 
-def _rules(config: RunConfig) -> Rules:
-    """The config's; where replicas train apart, that axis stores nothing but each one's own."""
+def _rules(config: RunConfig, mesh: Mesh) -> Rules:
+    """The config's, as this mesh takes them; where replicas train apart, that axis stores nothing but each one's own."""
+    rules = within_stages(config, mesh.shape)
     if not isinstance(config.replicas, DiLoCo):
-        return config.rules
-    params = {letter: tuple(a for a in axes_of(config.rules.params, letter) if a != diloco.AXIS) for letter in config.rules.params}
-    return dataclasses.replace(config.rules, params=params | {diloco.LETTER: diloco.AXIS})
+        return rules
+    params = {letter: tuple(a for a in axes_of(rules.params, letter) if a != diloco.AXIS) for letter in rules.params}
+    return dataclasses.replace(rules, params=params | {diloco.LETTER: diloco.AXIS})
 
 
 def _is_param(x: Any) -> bool:
