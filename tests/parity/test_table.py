@@ -1,0 +1,72 @@
+"""The parity table: every model on every layout trains as on one device: metrics, gradients and three updates.
+
+The rows that a default run takes are spread over models and axes; `-m slow` runs them all.
+"""
+
+import dataclasses
+
+import jax
+import pytest
+
+from models.llama import Config
+from tests.parity import test_experts as mixtures
+from tests.parity.test_experts import _assert_equal_metrics, _assert_same_way, _config, _run
+from tests.parity.test_layouts import REORDERED, _assert_close, _assert_same_sharding, _gradients
+
+DENSE = Config(vocab_size=64, dim=32, num_layers=5, num_heads=8, num_kv_heads=4, head_dim=8, ffn=64)
+MODELS = {"dense": DENSE} | mixtures.MODELS
+LAYOUTS = [
+    "replica8",
+    "data8",
+    "stage2",
+    "fsdp8",
+    "expert8",
+    "context8",
+    "tensor4",
+    "fsdp2 tensor2 stage2",
+    "data2 context2 tensor2",
+    "expert2 fsdp2 stage2",
+    "replica2 fsdp4",
+    "context4 tensor2",
+    "expert4 context2",
+    "fsdp4 stage2",
+    "tensor4 stage2",
+    "context2 stage2 tensor2",
+    "expert2 stage2 context2",
+    "replica2 stage2 fsdp2",
+    "replica2 expert2 stage2",
+    "replica2 data2 fsdp2",
+    "data2 fsdp2 context2",
+    "expert2 tensor4",
+    "fsdp2 expert2 context2",
+    "data2 stage2 tensor2",
+]
+FAST = {
+    ("dense", "fsdp2 tensor2 stage2"),
+    ("dense", "context4 tensor2"),
+    ("dense", "replica2 data2 fsdp2"),
+    ("moe", "expert2 stage2 context2"),
+    ("mla moe", "fsdp2 expert2 context2"),
+}
+ROWS = [
+    pytest.param(model, layout, marks=[] if (model, layout) in FAST else pytest.mark.slow)
+    for model in MODELS
+    for layout in LAYOUTS
+]
+
+
+def test_the_rows_that_always_run_are_in_the_table():
+    assert {(model, layout) for model, layout in FAST} <= {(m, s) for m in MODELS for s in LAYOUTS}
+
+
+@pytest.mark.parametrize(("model", "layout"), ROWS)
+def test_a_model_on_a_layout_trains_as_on_one_device(model, layout, capfd):
+    sizes = {part[:-1]: int(part[-1]) for part in layout.split()}
+    config = dataclasses.replace(_config("moe"), model=MODELS[model])
+    metrics, states, placed = _run(config, 3, **sizes)
+    expected_metrics, expected = mixtures._one_device(config)
+    _assert_equal_metrics(metrics, expected_metrics)
+    _assert_close(_gradients(states[0]), _gradients(expected[0]), REORDERED)
+    jax.tree_util.tree_map_with_path(_assert_same_way, states[0].params, states[2].params, expected[2].params)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    jax.tree.map(_assert_same_sharding, placed.opt[0].mu, placed.params)
