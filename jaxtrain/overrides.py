@@ -14,6 +14,7 @@ from typing import Any
 
 import meshes
 from jaxtrain.errors import ConfigError, closest
+from meshes.rules import WAYS
 
 Path = tuple[str, ...]
 
@@ -124,10 +125,12 @@ def _at(config: Any, path: Path) -> Any:
 
 
 def _choices(config: Any, path: Path) -> dict[str, Any]:
-    """Named values that the field at `path` takes: presets of rules, or the members of its union of dataclasses."""
+    """Named values that the field at `path` takes: presets of rules, their ways, the members of a union of dataclasses."""
     owner = _at(config, path[:-1])
     if isinstance(_at(config, path), meshes.Rules):
         return dict(meshes.PRESETS)
+    if isinstance(owner, meshes.Rules) and path[-1] in WAYS:
+        return {way: way for way in WAYS[path[-1]]}
     if not dataclasses.is_dataclass(owner) or path[-1] not in {f.name for f in dataclasses.fields(owner)}:
         return {}
     kind = typing.get_type_hints(type(owner))[path[-1]]

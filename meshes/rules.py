@@ -28,6 +28,7 @@ MATMULS = {
     "whole": "after the whole gather, before the whole scatter",
     "ring": "part by part, each beside a hop of the ring over `tensor` that gathers or scatters (collective matmul)",
 }
+WAYS = {"gather": GATHERS, "reduce": REDUCTIONS, "matmul": MATMULS}
 _OF_ACTIVATIONS = frozenset("BSRCMP")
 
 
@@ -184,8 +185,7 @@ class Rules:
             object.__setattr__(self, side, {letter: _checked(side, mapping, letter) for letter in mapping})
         if self.pipeline is not None:
             object.__setattr__(self, "acts", _without_stage(self.acts))
-        ways = {"gather": GATHERS, "reduce": REDUCTIONS, "matmul": MATMULS}
-        for name, known in ways.items():
+        for name, known in WAYS.items():
             if (way := getattr(self, name)) not in known:
                 raise LayoutError(f"rules.{name} = {way!r} is not known.", fix=closest(way, known))
 

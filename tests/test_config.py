@@ -10,7 +10,7 @@ from jaxtrain.errors import ConfigError, LayoutError
 from jaxtrain.observe.ending import Baselines, Sample
 from jaxtrain.train.optim import AdamW, Lion
 from jaxtrain.train.schedule import WSD
-from meshes import FSDP, MeshConfig, Ulysses
+from meshes import DEFAULT, FSDP, MeshConfig, Ulysses
 from tests.tiny import TINY
 
 def _apply(*argv):
@@ -38,6 +38,7 @@ def test_a_choice_is_made_by_the_name_of_its_value():
     assert _apply("--optim", "Lion").optim == Lion()
     assert _apply("--optim.schedule", "WSD", "--optim.schedule.decay", "0.5").optim == AdamW(schedule=WSD(decay=0.5))
     assert _apply("--rules", "FSDP").rules == FSDP
+    assert _apply("--rules.matmul", "ring").rules == dataclasses.replace(DEFAULT, matmul="ring")
     assert _apply("--rules", "FSDP", "--rules.context", "Ulysses").rules == dataclasses.replace(FSDP, context=Ulysses())
 
 
@@ -49,6 +50,7 @@ def test_a_choice_is_made_by_the_name_of_its_value():
         (["--steps", "many"], ["--steps cannot take 'many'", "int", "10"]),
         (["--seed", "1", "--batch"], ["--batch cannot take 'no value'"]),
         (["--rules", "FSPD"], ["--rules", "did you mean 'FSDP'"]),
+        (["--rules.reduce", "microbach"], ["--rules.reduce", "did you mean 'microbatch'"]),
         (["--rules.context", "Rings"], ["--rules.context", "did you mean 'Ring'", "Gathered"]),
         (["--optim", "Adma"], ["--optim", "did you mean 'AdamW'"]),
         (["steps", "3"], ["'steps' belongs to no flag"]),

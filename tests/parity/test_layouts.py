@@ -73,8 +73,14 @@ def _assert_close(ours, reference, tolerance):
     jax.tree_util.tree_map_with_path(compare, ours, reference)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("preset", meshes.PRESETS)
+ROWS = [
+    pytest.param(preset, mesh, marks=[] if "DEFAULT" == preset or "tensor2" in mesh else pytest.mark.slow)
+    for preset in meshes.PRESETS
+    for mesh in MESHES
+]
+
+
+@pytest.mark.parametrize(("preset", "mesh"), ROWS)
 def test_a_preset_on_a_mesh_equals_one_device(preset, mesh, capfd):
     config = dataclasses.replace(CONFIG, rules=meshes.PRESETS[preset])
     loss, ours, placed, _ = _on(config, **({"fsdp": 1} | MESHES[mesh]))
