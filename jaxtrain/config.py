@@ -18,7 +18,7 @@ from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
 from jaxtrain.train.optim import AdamW, Optim
 from jaxtrain.train.precision import Precision
-from jaxtrain.train.replicas import Replicas, Together
+from jaxtrain.train.replicas import DiLoCo, Replicas, Together
 from jaxtrain.xla import XlaFlags
 from meshes import DEFAULT, Gathered, MeshConfig, Ring, Rules
 
@@ -153,6 +153,13 @@ def _check_ranges(config: RunConfig) -> None:
 def check_layout(config: RunConfig, num_devices: int) -> dict[str, int]:
     """The mesh's sizes on this many devices, if batch, sequence and model fit them. Raises ConfigError or LayoutError."""
     sizes = config.mesh.sizes(num_devices)
+    if isinstance(config.replicas, DiLoCo) and sizes["replica"] == 1:
+        raise ConfigError(
+            "replicas = DiLoCo has no replicas to train apart.",
+            got=f"mesh {_short(sizes)}",
+            rule="mesh.replica is 2 or more",
+            fix="--mesh.replica 2, or --replicas Together",
+        )
     config.model.check(sizes, config.seq_len, config.rules)
     rows, columns = (config.rules.shards(letter, sizes) for letter in "BS")
     if config.batch % (rows * config.accumulate):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,8 @@ def generate(
     Token t is drawn with fold_in(key(seed), t); temperature 0 takes the most likely one. The whole text is computed
     anew for each token, so the cost grows with its square.
     """
-    rows, columns = (blueprint.rules.shards(letter, dict(blueprint.mesh.shape)) for letter in "BS")
+    rows, inside, between = (blueprint.rules.shards(letter, dict(blueprint.mesh.shape)) for letter in "BSR")
+    columns = math.lcm(inside, between)
     length = -(-(max(map(len, prompts)) + tokens) // columns) * columns
     text_BS = np.zeros((-(-len(prompts) // rows) * rows, length), np.int32)
     for row, prompt in enumerate(prompts):

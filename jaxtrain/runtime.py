@@ -260,6 +260,19 @@ def _compilation_cache(cache_dir: Path | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def compile_anew_on_cpu() -> None:
+    """Leaves the compilation cache alone from here on, on CPUs: a pipeline that XLA reads back from it deadlocks there.
+
+    Seen with jax 0.10.2: at stage 4 every first start trained and every later one hung in its first step's permutes.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if not on_gpu():
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether it is used is decided at the first compilation, and kept
+
+
 def _join(me: Member, deadline_s: float) -> None:
     import jax
 

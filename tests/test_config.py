@@ -9,6 +9,7 @@ from jaxtrain.config import check, check_layout, differences, encode, load
 from jaxtrain.errors import ConfigError, LayoutError
 from jaxtrain.observe.ending import Baselines, Sample
 from jaxtrain.train.optim import AdamW, Lion
+from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.schedule import WSD
 from meshes import DEFAULT, FSDP, MeshConfig, Ulysses
 from tests.tiny import TINY
@@ -155,3 +156,10 @@ def test_a_missing_config_names_its_neighbours(tmp_path):
 def test_two_optimizers_with_equal_fields_are_still_different_configs():
     pairs = differences(encode(TINY), encode(dataclasses.replace(TINY, optim=Lion())))
     assert "optim.type" in pairs
+
+
+def test_replicas_that_are_to_train_apart_have_to_be_there():
+    alone = dataclasses.replace(TINY, replicas=DiLoCo())
+    with pytest.raises(ConfigError, match="no replicas to train apart"):
+        check_layout(alone, 2)
+    check_layout(dataclasses.replace(alone, mesh=MeshConfig(replica=2)), 2)

@@ -256,3 +256,21 @@ thread = threading.Thread(target=faults); thread.start(); thread.join()
     env = os.environ | {"JAXTRAIN_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 5 * (100 << 20) // 4096  # ten times each page, where it is given back; once or twice here
+
+
+def test_what_is_compiled_anew_on_cpu_leaves_the_cache_alone(tmp_path):
+    code = """
+import jax, numpy as np, os, sys
+from jaxtrain import runtime
+runtime.start(fake_devices=1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+count = lambda: sum(len(files) for _, _, files in os.walk(sys.argv[1]))
+jax.jit(lambda x: x + 1)(np.ones(3)); before = count()
+runtime.compile_anew_on_cpu()
+jax.jit(lambda x: x * 3)(np.ones(3)); print(before, count())
+"""
+    env = os.environ | {"JAXTRAIN_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = done.stdout.split()
+    assert before == after != "0"

@@ -56,6 +56,8 @@ def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool =
 
 
 def _run(config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitStack, accept_changes: bool) -> int:
+    if runs_pipeline(config, mesh.shape):
+        runtime.compile_anew_on_cpu()
     blueprint = Blueprint(config, mesh)
     data = open_data(config, config.data, process.lead)
     evaluator = Evaluator(blueprint, process.lead) if config.eval else None

@@ -18,7 +18,7 @@ MESHES = {"data2 fsdp2 tensor2": dict(data=2, fsdp=2, tensor=2), "replica2 conte
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
-    "preset", ["ZERO1", "HSDP", "DEFAULT", *(pytest.param(p, marks=pytest.mark.slow) for p in ("DP", "ZERO2", "FSDP_TP"))]
+    "preset", ["ZERO1", *(pytest.param(p, marks=pytest.mark.slow) for p in ("DP", "ZERO2", "HSDP", "FSDP_TP", "DEFAULT"))]
 )
 def test_accumulated_microbatches_equal_one_device(preset, mesh):
     loss, ours, *_ = _on(dataclasses.replace(ACCUMULATED, rules=meshes.PRESETS[preset]), **MESHES[mesh])

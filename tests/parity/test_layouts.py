@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import meshes
+from jaxtrain.generate import generate
 from jaxtrain.train.optim import AdamW, Lion, Muon
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import train_step
@@ -100,6 +101,14 @@ def test_products_in_a_ring_equal_one_device(sizes):
     expected_loss, expected = _one_device(CONFIG)
     assert loss == pytest.approx(expected_loss, rel=REORDERED)
     _assert_close(_gradients(ours), _gradients(expected), REORDERED)
+
+
+def test_text_of_a_length_that_the_stream_does_not_divide_into_is_that_of_one_device():
+    texts = []
+    for sizes in (dict(fsdp=1), dict(fsdp=2, tensor=2, context=2)):
+        blueprint = _on(CONFIG, **sizes)[3]
+        texts.append(generate(blueprint, blueprint.init().params, [[1, 2, 3], [4]], tokens=4, temperature=0.0))
+    assert texts[0] == texts[1]
 
 
 def _assert_same_sharding(moment, param):

@@ -76,8 +76,21 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulate"),
+    [
+        (LAYOUTS["alone"], 1),
+        (LAYOUTS["fsdp2 tensor2"], 2),
+        pytest.param(LAYOUTS["alone"], 2, marks=SLOW),
+        pytest.param(LAYOUTS["fsdp2 tensor2"], 1, marks=SLOW),
+        pytest.param(LAYOUTS["context2 tensor2"], 1, marks=SLOW),
+        pytest.param(LAYOUTS["context2 tensor2"], 2, marks=SLOW),
+    ],
+    ids=str,
+)
 def test_an_outer_step_of_rate_1_after_every_step_is_plain_data_parallelism(sizes, accumulate):
     config = dataclasses.replace(CONFIG, accumulate=accumulate)
     outer = DiLoCo(every=1, lr=1.0, momentum=0.0)
@@ -147,6 +160,7 @@ def test_what_is_rounded_is_sent_in_its_own_bytes_and_the_rest_later(sent):
     assert any(np.abs(e).max() > 0 for e in jax.tree.leaves(jax.device_get(state.outer.error)))
 
 
+@pytest.mark.slow
 def test_int8_differences_train_as_well_as_exact_ones():
     ends = {}
     for sent in ("float32", "int8"):
