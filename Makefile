@@ -6,6 +6,7 @@ WORKS := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do if $$p $(WORKS); then echo $$p; break; fi; done)
 PYTHONS ?= $(shell for v in 3.12 3.13; do for p in python$$v $$HOME/.pyenv/versions/$$v*/bin/python; do \
 	if $$p $(WORKS); then echo $$p; break; fi; done; done)
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
 LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --group test pyproject.toml
 
 .PHONY: help train test test-slow test-matrix bench cuda12 cuda13 lock clean
@@ -22,10 +23,10 @@ train: $(VENV)/ready
 	$(VENV)/bin/jaxtrain train configs/quickstart.py $(ARGS)
 
 test: $(VENV)/ready
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/ready
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest $(WORKERS) -m slow $(ARGS)
 
 test-matrix: test
 	@test -n "$(PYTHONS)" || echo 'test-matrix: skipped, neither PATH nor ~/.pyenv/versions has Python 3.12 or 3.13; or set PYTHONS'

@@ -74,8 +74,9 @@ def card(options: Options) -> dict[str, float]:
 
 def run_config(options: Options, num_devices: int) -> Any:
     """Our step's config: AdamW, fp32 master parameters, bf16 compute, sharded over all devices by FSDP."""
-    from jaxtrain.config import RunConfig, check_layout
+    from jaxtrain.config import RunConfig
     from jaxtrain.data.source import Synthetic
+    from jaxtrain.layout import check_layout
     from jaxtrain.train.precision import BF16
     from models.llama import size
 

@@ -142,6 +142,7 @@ def main() -> None:
     from jaxtrain import runtime
 
     options = tyro.cli(Options)
+    begins = starts(options.start_rounds) if options.start_rounds else {}  # first: while this process has no devices
     times = measure({"ours": ours(), "handwritten": theirs()}, options.rounds)
     medians = {name: {kind: statistics.median(values) for kind, values in kinds.items()} for name, kinds in times.items()}
     ratios = {
@@ -153,9 +154,9 @@ def main() -> None:
     print(f"{'ratio':<14}{ratios['wall']:>10.3f}{ratios['cpu']:>10.3f}   median over {options.rounds} pairs")
     result = {"options": dataclasses.asdict(options), "seconds": medians, "ratio": ratios, "import_seconds": import_seconds()}
     print(f"import jaxtrain {result['import_seconds']:.2f} s")
-    if options.start_rounds:
-        result["start_to_first_step_seconds"] = starts(options.start_rounds)
-        print("process start to first step: cold {cold:.1f} s, warm {warm:.1f} s".format(**result["start_to_first_step_seconds"]))
+    if begins:
+        result["start_to_first_step_seconds"] = begins
+        print("process start to first step: cold {cold:.1f} s, warm {warm:.1f} s".format(**begins))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "step.json"
     where = {name: fact for name, fact in runtime.environment().items() if name in FACTS}

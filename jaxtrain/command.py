@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtrain.config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,12 @@ class Call:
     process: Process
     options: Any
 
+    def load(self) -> RunConfig:
+        """The config with its overrides. Raises ConfigError."""
+        from jaxtrain.config import load
+
+        return load(self.config, self.overrides, _names(type(self.options), Process))
+
 
 def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
     """Splits `argv` into CONFIG, the fields of `options` and Process, and overrides. --help prints and exits."""
@@ -35,7 +44,7 @@ def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
         show_help(prog, options, argv, doc)
         raise SystemExit(0)
     path, pairs = _split(prog, argv)
-    own = {field.name for kind in (options, Process) for field in dataclasses.fields(kind)}
+    own = _names(options, Process)
     mine = [words for words in pairs if _name(words[0]) in own]
     parsed = [read(prog, kind, _of(mine, kind)) if _of(mine, kind) else kind() for kind in (options, Process)]
     rest = [word for words in pairs if _name(words[0]) not in own for word in words]
@@ -87,5 +96,8 @@ def _name(flag: str) -> str:
 
 
 def _of(groups: list[list[str]], kind: type) -> list[str]:
-    names = {field.name for field in dataclasses.fields(kind)}
-    return [word for words in groups if _name(words[0]) in names for word in words]
+    return [word for words in groups if _name(words[0]) in _names(kind) for word in words]
+
+
+def _names(*kinds: type) -> set[str]:
+    return {field.name for kind in kinds for field in dataclasses.fields(kind)}

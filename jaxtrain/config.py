@@ -7,6 +7,7 @@ import math
 import runpy
 import sys
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,9 +19,9 @@ from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
 from jaxtrain.train.optim import AdamW, Optim
 from jaxtrain.train.precision import Precision
-from jaxtrain.train.replicas import DiLoCo, Replicas, Together
+from jaxtrain.train.replicas import Replicas, Together
 from jaxtrain.xla import XlaFlags
-from meshes import DEFAULT, Gathered, MeshConfig, Ring, Rules
+from meshes import DEFAULT, MeshConfig, Rules
 
 M = TypeVar("M")  # the architecture's config: any dataclass that satisfies protocols.ModelConfig
 
@@ -74,14 +75,15 @@ class RunConfig(Generic[M]):
 FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "log_every", "sinks", "endings", "xla", "runs_dir", "eval")
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Iterable[str] = (), flags: Iterable[str] = ()) -> RunConfig:
     """The config of a Python file with `overrides` ("--optim.peak-lr", "3e-4", ...) applied and checked.
 
-    The file is executed: configs are code and trusted. Raises ConfigError.
+    The file is executed: configs are code and trusted. `flags`: names that an unknown override may have meant instead.
+    Raises ConfigError.
     """
     from jaxtrain.overrides import apply
 
-    return check(apply(_from_file(Path(path)), list(overrides)))
+    return check(apply(_from_file(Path(path)), list(overrides), flags))
 
 
 def _from_file(path: Path) -> RunConfig:
@@ -120,13 +122,15 @@ def check(config: RunConfig) -> RunConfig:
     _check_ranges(config)
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError(
-            f"name = {config.name!r} is no folder name.", rule="one path component that does not start with a dot"
+            f"name = {config.name!r} is no folder name.",
+            rule="one path component that does not start with a dot; runs_dir is the folder above it",
+            fix=f"name = {config.name.lstrip('./').replace('/', '-') or 'run'!r}",
         )
     if config.batch % config.accumulate:
         raise ConfigError(
             f"batch = {config.batch} does not divide into accumulate = {config.accumulate} microbatches.",
             rule="accumulate divides the global batch",
-            fix=f"batch = {_round_up(config.batch, config.accumulate)}",
+            fix=f"batch = {round_up(config.batch, config.accumulate)}",
         )
     if config.eval:
         check_disjoint(config.data, config.eval.data)
@@ -148,104 +152,6 @@ def _check_ranges(config: RunConfig) -> None:
         if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
             rule = "a positive number" if name in positive else "zero or a positive number"
             raise ConfigError(f"{name} = {value} is out of range.", rule=f"{name} is {rule}")
-
-
-def check_layout(config: RunConfig, num_devices: int) -> dict[str, int]:
-    """The mesh's sizes on this many devices, if batch, sequence and model fit them. Raises ConfigError or LayoutError."""
-    sizes = config.mesh.sizes(num_devices)
-    if isinstance(config.replicas, DiLoCo) and sizes["replica"] == 1:
-        raise ConfigError(
-            "replicas = DiLoCo has no replicas to train apart.",
-            got=f"mesh {_short(sizes)}",
-            rule="mesh.replica is 2 or more",
-            fix="--mesh.replica 2, or --replicas Together",
-        )
-    config.model.check(sizes, config.seq_len, config.rules)
-    rows, columns = (config.rules.shards(letter, sizes) for letter in "BS")
-    if config.batch % (rows * config.accumulate):
-        raise ConfigError(
-            f"batch = {config.batch} does not divide over {rows} batch shards.",
-            got=f"mesh {_short(sizes)}, accumulate {config.accumulate}",
-            rule="batch shards x accumulate divides the global batch",
-            fix=f"batch = {_round_up(config.batch, rows * config.accumulate)}",
-        )
-    if config.seq_len % columns:
-        raise ConfigError(
-            f"seq_len = {config.seq_len} does not divide over {columns} sequence shards.",
-            got=f"mesh {_short(sizes)}",
-            rule="the axes that shard S divide the sequence",
-            fix=f"seq_len = {_round_up(config.seq_len, columns)}",
-        )
-    _check_pipeline(config, sizes)
-    return sizes
-
-
-def _check_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError where microbatches or layers are too few for the stages."""
-    if not runs_pipeline(config, sizes):
-        return
-    if config.rules.matmul == "ring" and sizes.get("tensor", 1) > 1:
-        raise ConfigError(
-            "a ring of products cannot run within a pipeline's stages.",
-            got=f"mesh {_short(sizes)}, rules.matmul 'ring'",
-            rule="a permute waits for all devices that it names, also those of stages that do something else",
-            fix="rules.matmul = 'whole'",
-        )
-    count, stages, rows = num_microbatches(config, sizes), sizes["stage"], config.rules.shards("B", sizes)
-    if count < stages:
-        enough, more = config.batch % (rows * stages) == 0, _round_up(config.batch, rows * stages)
-        raise ConfigError(
-            f"{count} microbatch{'es' * (count > 1)} cannot fill {stages} stages.",
-            got=f"mesh {_short(sizes)}, batch {config.batch}, accumulate {config.accumulate}",
-            rule="microbatches are as many as stages or more, and batch shards x microbatches divides the batch",
-            fix=f"accumulate = {stages}" if enough else f"batch = {more}, or fewer stages",
-        )
-    layers, chunks = len(config.model.layer_flops(config.seq_len)[0]), config.rules.pipeline.num_chunks
-    if layers < stages * chunks:
-        fits = max(n for n in range(1, stages + 1) if stages % n == 0 and n * chunks <= max(layers, chunks))
-        raise ConfigError(
-            f"{layers} layers cannot fill {stages * chunks} virtual stages.",
-            got=f"stage {stages} x chunks {chunks}",
-            rule="every virtual stage has a layer",
-            fix=f"mesh.stage = {fits}" if layers >= chunks else f"rules.pipeline.chunks = {max(1, layers // stages)}",
-        )
-
-
-def runs_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> bool:
-    """Whether a mesh of these axis sizes runs the rules' pipeline."""
-    return sizes.get("stage", 1) > 1 and config.rules.pipeline is not None
-
-
-def within_stages(config: RunConfig, sizes: Mapping[str, int]) -> Rules:
-    """The config's rules; where a pipeline runs, a ring of keys gives way to gathered ones.
-
-    A permute waits for all devices that it names, also those of stages that are in another branch of the program.
-    """
-    if not (runs_pipeline(config, sizes) and isinstance(config.rules.context, Ring)):
-        return config.rules
-    return dataclasses.replace(config.rules, context=Gathered(zigzag=config.rules.context.zigzag))
-
-
-def layers_per_stage(config: RunConfig, sizes: Mapping[str, int]) -> list[int]:
-    """How many layers each virtual stage runs: as even as their costs allow, unembedding and loss counted.
-
-    An embedding is a look-up and costs nothing. Raises LayoutError where there are too few layers.
-    """
-    from meshes import schedules
-
-    layers, unembedding = config.model.layer_flops(config.seq_len)
-    return schedules.divide(layers, sizes["stage"] * config.rules.pipeline.num_chunks, last=unembedding)
-
-
-def num_microbatches(config: RunConfig, sizes: Mapping[str, int]) -> int:
-    """`accumulate`; where a pipeline runs and that is 1, the most up to four times the stages that the batch allows.
-
-    Four times as many leave a bubble of a fifth; more would make a microbatch's matrix products too small for a device.
-    """
-    if config.accumulate > 1 or not runs_pipeline(config, sizes):
-        return config.accumulate
-    per_shard = max(1, config.batch // config.rules.shards("B", sizes))
-    return max(count for count in range(1, 4 * sizes["stage"] + 1) if per_shard % count == 0)
 
 
 def encode(value: Any) -> Any:
@@ -280,9 +186,5 @@ def flatten(encoded: Any, prefix: str = "") -> dict[str, Any]:
     return {path: v for row in rows for path, v in row.items()} or {prefix: "none"}
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _short(sizes: dict[str, int]) -> str:
-    return " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1) or "of one device"

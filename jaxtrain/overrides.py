@@ -9,7 +9,7 @@ import io
 import itertools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import meshes
@@ -19,11 +19,12 @@ from meshes.rules import WAYS
 Path = tuple[str, ...]
 
 
-def apply(config: Any, argv: list[str]) -> Any:
+def apply(config: Any, argv: list[str], also: Iterable[str] = ()) -> Any:
     """The config with the flags of `argv` applied: `--mesh.fsdp 2`, `--optim Lion`, `--rules FSDP`, `--name=x`.
 
     A field that is a choice between dataclasses takes the name of one, with that one's defaults; rules take the name
-    of a preset. Raises ConfigError for an unknown flag (naming the closest) and for a value of the wrong type.
+    of a preset. Raises ConfigError for an unknown flag, naming the closest, also of the command's own flags `also`,
+    and for a value of the wrong type.
     """
     pairs = _pairs(argv)
     typed = []
@@ -32,8 +33,9 @@ def apply(config: Any, argv: list[str]) -> Any:
         if choices:
             config = _replaced(config, _path(flag), _chosen(flag, values, choices))
         else:
-            typed.append((flag, values))
-    _check_names(config, [flag for flag, _ in typed])
+            none = values == ["None"] and isinstance(_at(config, _path(flag)[:-1]), dict)  # of the mesh's axes
+            typed.append((flag, [] if none else values))
+    _check_names(config, [flag for flag, _ in typed], also)
     return _parse(config, typed)
 
 
@@ -74,9 +76,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:
-    """Named parts of a dataclass, or of a tuple that holds dataclasses; rules count as one value."""
-    if isinstance(value, meshes.Rules):
-        return []
+    """Named parts of a value as it is shown: `_parts`, but rules count as one value, and so does a mapping."""
+    return [] if isinstance(value, meshes.Rules | dict) else _parts(value)
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    """Named parts of a dataclass, of a mapping, or of a tuple that holds dataclasses."""
+    if isinstance(value, dict):
+        return list(value.items())
     if dataclasses.is_dataclass(value):
         return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
     if isinstance(value, tuple) and any(dataclasses.is_dataclass(v) for v in value):
@@ -120,7 +127,7 @@ def _path(flag: str) -> Path:
 
 def _at(config: Any, path: Path) -> Any:
     for name in path:
-        config = dict(_children(config)).get(name)
+        config = dict(_parts(config)).get(name)
     return config
 
 
@@ -167,23 +174,23 @@ def _instance(kind: type) -> Any:
     return kind()
 
 
-def _check_names(config: Any, flags: list[str]) -> None:
-    paths = list(_paths(config))
+def _check_names(config: Any, flags: list[str], also: Iterable[str]) -> None:
+    paths, own = list(_paths(config)), [(name,) for name in also]
     negated = {_flag((*path[:-1], f"no_{path[-1]}")) for path in paths if isinstance(_at(config, path), bool)}
     for flag in flags:
         if flag.replace("_", "-") not in negated.union(map(_flag, paths)):
             raise ConfigError(
                 f"unknown override {flag}.",
                 rule="a flag is the path of one value; what a tuple holds is written in the config file",
-                fix=_nearest(_path(flag), paths),
+                fix=_nearest(_path(flag), paths + own),
             )
 
 
 def _paths(config: Any, path: Path = ()) -> Iterator[Path]:
     """Of everything below `path` that a flag can set: values, and choices between dataclasses."""
-    for name, value in _children(_at(config, path)):
+    for name, value in _parts(_at(config, path)):
         below = (*path, name)
-        if _choices(config, below) or not (_children(value) or dataclasses.is_dataclass(value)):
+        if _choices(config, below) or not (_parts(value) or dataclasses.is_dataclass(value)):
             yield below
         yield from _paths(config, below)
 
@@ -215,11 +222,12 @@ def _parse(config: Any, pairs: list[tuple[str, list[str]]]) -> Any:
             if group is pairs:
                 continue
             ((flag, values),) = group
-            now = leaves(config).get(".".join(_path(flag)))
+            now = _at(config, _path(flag))
             raise ConfigError(
                 f"{flag} cannot take {' '.join(values) or 'no value'!r}.",
                 got=str(error),
                 rule=f"a value of its type, as {now!r} is",
+                fix=f"such as {flag} {now}",
             ) from None
         if group is pairs:
             return changed

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from meshes import Rules
 
-BATCH_FIELDS = ("tokens", "targets", "segments", "positions", "weights")
+BATCH_FIELDS = dict(tokens="int32", targets="int32", segments="int32", positions="int32", weights="float32")
 
 
 Extras = dict[str, Any]  # fp32 sums over tokens, which add up over microbatches and batch shards

@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import math
 import os
 import platform
 import socket
@@ -23,20 +22,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import meshes
 from jaxtrain import coordination
 from jaxtrain.cluster import Member, few, member
-from jaxtrain.errors import ConfigError, LayoutError, RunError
+from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.meeting import meet
 from jaxtrain.xla import XlaFlags, add_flags, on_gpu
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax import Device
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PACKAGES = ("jaxtrain", "meshes", "models")
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the first's old name
-PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds", "600"
+CPU_FLAGS = {
+    # After 40 s of devices of one process waiting for each other XLA would abort: on a busy machine they take longer.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+    # LLVM's first level: a step compiles in three quarters of the time and runs as fast, its products being Eigen's.
+    "--xla_backend_optimization_level": "1",
+}
 _LAST_S = 2.0  # for the other processes to say for themselves why they end
 _HEARD_S = 15.0  # for the other processes to hear a verdict before the first of them leaves
 _round = itertools.count()
@@ -83,12 +86,12 @@ def start(
     return _process
 
 
-def make_mesh(config: meshes.MeshConfig) -> Mesh:
-    """A mesh over all devices there are. Raises LayoutError where it does not fill them, RunError where there are none."""
+def devices() -> list[Device]:
+    """All devices of the run, of every process. Raises RunError where jax cannot start them."""
     import jax
 
     try:
-        devices = jax.devices()
+        return jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion where JAX_PLATFORMS names a plugin that is missing
         raise RunError(
             "jax did not start its devices.",
@@ -96,15 +99,6 @@ def make_mesh(config: meshes.MeshConfig) -> Mesh:
             rule="JAX_PLATFORMS is empty or names what this machine has and jax is installed for",
             fix="JAX_PLATFORMS=cpu, or pip install 'jaxtrain[cuda13]' (cuda12 on older drivers)",
         ) from error
-    try:
-        return meshes.make(config, devices)
-    except LayoutError as error:
-        sizes = list(vars(config).values())
-        needed = math.prod(size for size in sizes if size > 0)
-        if devices[0].platform != "cpu" or _process.count > 1 or sizes.count(-1) > 1 or needed <= len(devices):
-            raise
-        fix = f"{error.fix}, or --fake-devices {needed}"
-        raise LayoutError(error.what, got=error.got, rule=error.rule, fix=fix) from None
 
 
 def place() -> str:
@@ -215,8 +209,8 @@ def _platform(fake_devices: int | None) -> None:
 def _xla(flags: XlaFlags) -> None:
     """XLA_FLAGS, and how much of a GPU's memory jax takes: 0.75 by itself, which idles 35 GB of an H200.
 
-    The tenth that stays is for the CUDA context, NCCL and cuBLAS; NVIDIA's pages on JAX name 0.8 to 0.9. On CPUs, how
-    long devices of one process wait for each other: after 40 s XLA would abort, and on a busy machine they take longer.
+    The tenth that stays is for the CUDA context, NCCL and cuBLAS; NVIDIA's pages on JAX name 0.8 to 0.9. On CPUs those
+    of CPU_FLAGS that XLA_FLAGS does not set.
     """
     import jax
 
@@ -224,8 +218,10 @@ def _xla(flags: XlaFlags) -> None:
     add_flags(flags, env)
     if on_gpu(env) and not any(name in env for name in MEMORY):
         env[MEMORY[0]] = "0.9"
-    if not on_gpu(env) and PATIENCE[0] not in env.get("XLA_FLAGS", ""):
-        env["XLA_FLAGS"] = " ".join(filter(None, [env.get("XLA_FLAGS"), "=".join(PATIENCE)]))
+    theirs = env.get("XLA_FLAGS", "")
+    if not on_gpu(env):
+        ours = [f"{name}={value}" for name, value in CPU_FLAGS.items() if name not in theirs]
+        env["XLA_FLAGS"] = " ".join(filter(None, [theirs, *ours]))
     os.environ.update({name: env[name] for name in ("XLA_FLAGS", MEMORY[0]) if name in env})
 
 

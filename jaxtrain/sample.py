@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxtrain.command import parse
-from jaxtrain.config import load
 from jaxtrain.errors import ConfigError
 
 
@@ -22,20 +21,23 @@ class Options:
 def main(argv: list[str]) -> int:
     """jaxtrain sample CONFIG [--prompt TEXT ...] [--tokens N] [--temperature T] [overrides of the config]"""
     call = parse("jaxtrain sample", Options, argv, doc=main.__doc__)
-    config, options = load(call.config, call.overrides), call.options
+    config, options = call.load(), call.options
     if not options.prompt or options.tokens < 1 or options.temperature < 0:
         got = f"{options.prompt}, {options.tokens}, {options.temperature}"
         raise ConfigError("--prompt has a text, --tokens is at least 1 and --temperature at least 0.", got=got)
 
+    import meshes
     from jaxtrain import checkpoint, runtime
 
     runtime.start(fake_devices=call.process.fake_devices, xla=config.xla)
 
     from jaxtrain.data import tokenizer_of
     from jaxtrain.generate import generate
+    from jaxtrain.layout import check_layout
     from jaxtrain.train.state import Blueprint
 
-    blueprint = Blueprint(config, runtime.make_mesh(config.mesh))
+    check_layout(config, len(runtime.devices()))
+    blueprint = Blueprint(config, meshes.make(config.mesh, runtime.devices()))
     params = checkpoint.restore(config.run_dir, blueprint.abstract, only="params")
     tokenizer = tokenizer_of(config.data)
     if tokenizer is None:

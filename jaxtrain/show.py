@@ -18,7 +18,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """jaxtrain show CONFIG [overrides of the config]"""
     call = parse("jaxtrain show", Options, argv, doc=main.__doc__)
-    plain, config = load(call.config), load(call.config, call.overrides)
+    plain, config = load(call.config), call.load()
     check(config.xla)
     print(table(plain, config))
     print()

@@ -30,8 +30,9 @@ class LayoutError(UserError):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The `fix` line for an unknown name: the closest known one first, then all of them."""
+    """The `fix` line for an unknown name: the closest known one first, whatever its case, then all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    spelled = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), spelled, n=1)
+    hint = f"did you mean {spelled[near[0]]!r}? " if near else ""
     return f"{hint}known: {', '.join(known)}"

@@ -36,7 +36,8 @@ class MeshConfig:
         sizes = {axis: getattr(self, axis) for axis in AXES}
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise LayoutError(f"mesh.{axis} = {size} is no size.", rule="an axis is 1 or more, or -1 for the rest")
+                rule = "an axis is 1 or more, or -1 for the rest"
+                raise LayoutError(f"mesh.{axis} = {size} is no size.", rule=rule, fix=f"mesh.{axis} = 1")
         free = [axis for axis, size in sizes.items() if size == -1]
         if len(free) > 1:
             raise LayoutError(

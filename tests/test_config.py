@@ -5,17 +5,19 @@ import dataclasses
 import pytest
 
 from jaxtrain import overrides
-from jaxtrain.config import check, check_layout, differences, encode, load
+from jaxtrain.config import check, differences, encode, load
 from jaxtrain.errors import ConfigError, LayoutError
+from jaxtrain.layout import check_layout
 from jaxtrain.observe.ending import Baselines, Sample
 from jaxtrain.train.optim import AdamW, Lion
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.schedule import WSD
-from meshes import DEFAULT, FSDP, MeshConfig, Ulysses
+from meshes import DEFAULT, FSDP, Capacity, Interleaved, MeshConfig, Ring, Ulysses
 from tests.tiny import TINY
 
+
 def _apply(*argv):
-    return overrides.apply(TINY, list(argv))
+    return overrides.apply(TINY, list(argv), ["fake_devices"])
 
 
 def test_every_config_has_the_flags_that_people_reach_for():
@@ -43,6 +45,14 @@ def test_a_choice_is_made_by_the_name_of_its_value():
     assert _apply("--rules", "FSDP", "--rules.context", "Ulysses").rules == dataclasses.replace(FSDP, context=Ulysses())
 
 
+def test_what_rules_are_made_of_are_flags_too():
+    changed = _apply("--rules.acts.K", "None", "--rules.params.D", "fsdp", "data", "--rules.pipeline.keep", "inputs").rules
+    assert (changed.acts["K"], changed.params["D"]) == ((), ("fsdp", "data"))
+    assert changed.acts["N"] == DEFAULT.acts["N"] and changed.pipeline == Interleaved(keep="inputs")
+    changed = _apply("--rules.experts", "Capacity", "--rules.experts.factor", "1.5", "--rules.context.no-zigzag").rules
+    assert changed == dataclasses.replace(DEFAULT, experts=Capacity(factor=1.5), context=Ring(zigzag=False))
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -50,7 +60,12 @@ def test_a_choice_is_made_by_the_name_of_its_value():
         (["--optim.peak-lrr", "3"], ["did you mean '--optim.peak-lr'"]),
         (["--steps", "many"], ["--steps cannot take 'many'", "int", "10"]),
         (["--seed", "1", "--batch"], ["--batch cannot take 'no value'"]),
+        (["--steps", "many"], ["fix   such as --steps 10"]),
         (["--rules", "FSPD"], ["--rules", "did you mean 'FSDP'"]),
+        (["--rules", "fsdp"], ["did you mean 'FSDP'"]),
+        (["--replicas", "diloco"], ["did you mean 'DiLoCo'"]),
+        (["--rules.acts.Q", "tensor"], ["unknown override --rules.acts.Q", "--rules.acts.B, "]),
+        (["--fakedevices", "8"], ["did you mean '--fake-devices'?"]),
         (["--rules.reduce", "microbach"], ["--rules.reduce", "did you mean 'microbatch'"]),
         (["--rules.context", "Rings"], ["--rules.context", "did you mean 'Ring'", "Gathered"]),
         (["--optim", "Adma"], ["--optim", "did you mean 'AdamW'"]),
@@ -71,7 +86,7 @@ def test_a_bad_override_is_named_with_its_fix(argv, words):
     ("flag", "known"),
     [
         ("--model.dropout", ["--model.attention, --model.dim, ", ", --model.vocab-size"]),
-        ("--frobnicate", ["--accumulate, --batch, --checkpoint.*, ", ", --rules, ", ", --z-loss"]),
+        ("--frobnicate", ["--accumulate, --batch, --checkpoint.*, ", ", --rules.*, ", ", --z-loss"]),
         ("--mesh", ["--mesh.context, --mesh.data, --mesh.expert, --mesh.fsdp"]),
         ("--endings", ["--endings.0.*, --endings.1.*"]),
         ("--sinks.0", ["--accumulate, "]),
@@ -119,10 +134,12 @@ def test_fields_that_contradict_each_other_are_refused(change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"batch": 12}, "batch = 12 does not divide over 8 batch shards.*batch = 16"),
-        ({"mesh": MeshConfig(fsdp=1, context=8), "seq_len": 30}, "seq_len"),
-        ({"mesh": MeshConfig(fsdp=3)}, "cannot fill 8 devices"),
-        ({"mesh": MeshConfig(fsdp=1, tensor=8)}, "tensor"),
+        ({"batch": 12}, "batch = 12 does not divide over 8 batch shards.*batch = 16, or --mesh.* is the closest mesh"),
+        ({"mesh": MeshConfig(fsdp=1, context=8), "seq_len": 30}, "seq_len.*--mesh.data 8 --mesh.context 1: data 8 is the"),
+        ({"mesh": MeshConfig(fsdp=3)}, "cannot fill 8 devices.*fix   --mesh.data 2 --mesh.fsdp 4: data 2 x fsdp 4 is"),
+        ({"mesh": MeshConfig(fsdp=1, tensor=8)}, "num_heads.*--mesh.data 4 --mesh.tensor 2: data 4 x tensor 2 is the"),
+        ({"mesh": MeshConfig(tensor=3)}, "cannot fill 8 devices.*fix   --mesh.tensor 2: fsdp 4 x tensor 2 is"),
+        ({"mesh": MeshConfig(fsdp=16)}, "cannot fill.*or 16 devices .--fake-devices 16 on CPUs."),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_before_it_runs(change, words):

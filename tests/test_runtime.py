@@ -12,8 +12,7 @@ import jax
 import pytest
 
 from jaxtrain import runtime
-from jaxtrain.errors import LayoutError, RunError
-from meshes import MeshConfig
+from jaxtrain.errors import RunError
 
 ROOT = Path(runtime.__file__).parent.parent
 JAX_START_S = 120  # deadline of a subprocess that imports jax, on a busy machine
@@ -66,28 +65,11 @@ def test_fake_devices_that_come_too_late_are_refused_unless_they_are_there():
     assert f"{jax.device_count()} cpu devices are in use" in error.value.got
 
 
-def test_a_cpu_with_too_few_devices_for_the_mesh_is_offered_fake_ones(monkeypatch):
-    assert runtime.make_mesh(MeshConfig()).size == jax.device_count() == 8
-    for config, fix in (
-        (MeshConfig(tensor=4, context=4), "or mesh.tensor = 2, or --fake-devices 16"),
-        (MeshConfig(fsdp=3), "mesh.fsdp = 8"),
-        (MeshConfig(data=-1, tensor=16), "mesh.fsdp = 1"),
-    ):
-        with pytest.raises(LayoutError) as error:
-            runtime.make_mesh(config)
-        assert error.value.fix.endswith(fix)
-    monkeypatch.setattr(runtime, "_process", runtime.Process(count=2))  # each with its own devices
-    with pytest.raises(LayoutError) as error:
-        runtime.make_mesh(MeshConfig(fsdp=16))
-    assert "fake" not in error.value.fix
-
-
 def test_a_platform_that_is_not_there_is_an_error_with_a_fix():
     code = """
         from jaxtrain import runtime
-        from meshes import MeshConfig
         try:
-            runtime.make_mesh(MeshConfig())
+            runtime.devices()
         except runtime.RunError as error:
             print(error)
     """

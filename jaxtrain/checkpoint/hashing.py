@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import meshes
 from jaxtrain.checkpoint import peers
-from jaxtrain.checkpoint.background import Deadline
+from jaxtrain.background import Deadline
 from jaxtrain.checkpoint.names import named
 
 LANES = 2

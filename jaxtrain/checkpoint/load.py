@@ -12,7 +12,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 import meshes
 from jaxtrain.checkpoint import files, hashing, manifest, peers, storage
-from jaxtrain.checkpoint.background import Deadline, in_background
+from jaxtrain.background import Deadline, in_background
 from jaxtrain.checkpoint.describe import ARRAYS
 from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest, in_words
 from jaxtrain.checkpoint.names import named, nested, renamed

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxtrain import coordination
-from jaxtrain.checkpoint.background import Deadline
+from jaxtrain.background import Deadline
 from jaxtrain.checkpoint.manifest import DamagedError
 from jaxtrain.errors import CheckpointError, UserError
 

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from jaxtrain.checkpoint import describe, files, hashing, load, manifest, peers, storage
-from jaxtrain.checkpoint.background import Deadline, in_background
+from jaxtrain.background import Deadline, in_background
 from jaxtrain.checkpoint.manifest import DamagedError, Manifest, in_words
 from jaxtrain.checkpoint.names import named
 from jaxtrain.checkpoint.policy import CheckpointConfig, expired

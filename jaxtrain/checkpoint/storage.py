@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxtrain.checkpoint.background import Deadline
+from jaxtrain.background import Deadline
 from jaxtrain.checkpoint.names import named, nested
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]

@@ -46,13 +46,12 @@ def main(argv: list[str]) -> int:
     if argv[0] not in VERBS:
         raise ConfigError(f"jaxtrain data has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
     from jaxtrain.command import parse
-    from jaxtrain.config import load
-
+    
     options, run = VERBS[argv[0]]
     call = parse(
         f"jaxtrain data {argv[0]}", options, argv[1:], doc=f"jaxtrain data {argv[0]} CONFIG [flags]\n\n{run.__doc__}"
     )
-    run(load(call.config, call.overrides), call.options)
+    run(call.load(), call.options)
     return 0
 
 

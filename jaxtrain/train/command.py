@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxtrain.command import parse
-from jaxtrain.config import load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """jaxtrain train CONFIG [--fake-devices N] [--accept-changes] [overrides of the config]"""
     call = parse("jaxtrain train", Options, argv, doc=main.__doc__)
-    config = load(call.config, call.overrides)
+    config = call.load()
 
     from jaxtrain import runtime
 

@@ -18,7 +18,8 @@ import numpy as np
 from jax import Array
 
 import meshes
-from jaxtrain.config import RunConfig, layers_per_stage, num_microbatches, within_stages
+from jaxtrain.config import RunConfig
+from jaxtrain.layout import layers_per_stage, num_microbatches, within_stages
 from jaxtrain.protocols import Extras, Model
 from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.state import Blueprint

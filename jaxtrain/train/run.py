@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 import meshes
 from jaxtrain import runtime
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.config import RunConfig, check_layout, encode, flatten, runs_pipeline
+from jaxtrain.config import RunConfig, encode, flatten
 from jaxtrain.data import Loader
 from jaxtrain.errors import RunError
+from jaxtrain.layout import check_layout, runs_pipeline
 from jaxtrain.observe.folder import RunFolder
 from jaxtrain.observe.log import process_log
 from jaxtrain.observe.plot import plot_loss
@@ -26,7 +27,7 @@ from jaxtrain.train.loop import Loop
 from jaxtrain.train.pipeline import describe
 from jaxtrain.train.signals import StopFlag
 from jaxtrain.train.state import Blueprint, State
-from jaxtrain.train.step import train_step
+from jaxtrain.train.step import compiled_ahead
 
 
 @dataclass
@@ -42,8 +43,8 @@ class Finished:
 
 def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool = False) -> int:
     """Trains or resumes; returns 0, or 128 + the signal that stopped it. Every process of the run calls it."""
-    mesh = runtime.make_mesh(config.mesh)
-    check_layout(config, mesh.size)
+    check_layout(config, len(runtime.devices()))
+    mesh = meshes.make(config.mesh, runtime.devices())
     fingerprint = {k: str(v) for k, v in flatten(encode(config)).items()} | {"code": runtime.code_fingerprint()}
     runtime.compare_fingerprints(fingerprint, deadline_s=300)
     with ExitStack() as stack:
@@ -66,8 +67,9 @@ def _run(config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitSta
     restored = checkpoints.latest(blueprint.abstract)
     if restored and not accept_changes:
         _check_data(config, restored[1].data, data.position(restored[1].step))
+    first_step = restored[1].step if restored else 0
+    step = compiled_ahead(blueprint) if first_step < config.steps else None
     state = restored[0] if restored else blueprint.init()
-    first_step = int(state.step)
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
     if runs_pipeline(config, mesh.shape):
         _say(process, describe(config, mesh.shape))
@@ -94,7 +96,7 @@ def _run(config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitSta
 
     flops = config.model.flops_per_token(config.seq_len) * config.tokens_per_step
     clock = StepClock(config.tokens_per_step, flops, peak_flops(config.precision.compute), first_step)
-    loop = Loop(config, train_step(blueprint), stop, recorder, clock, evaluate, save, checkpoints.check, last_good)
+    loop = Loop(config, step, stop, recorder, clock, evaluate, save, checkpoints.check, last_good)
     state, signal = loop.run(state, loader, first_step)
     checkpoints.wait()
     recorder.flush()

@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 import meshes
-from jaxtrain.config import RunConfig, within_stages
+from jaxtrain.config import RunConfig
+from jaxtrain.layout import within_stages
 from jaxtrain.protocols import Model
 from jaxtrain.train import diloco
 from jaxtrain.train.replicas import DiLoCo

@@ -13,8 +13,9 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import meshes
-from jaxtrain.config import num_microbatches, runs_pipeline
-from jaxtrain.protocols import Extras
+from jaxtrain.background import in_background
+from jaxtrain.layout import num_microbatches, runs_pipeline
+from jaxtrain.protocols import BATCH_FIELDS, Extras
 from jaxtrain.train import diloco, pipeline
 from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.replicas import DiLoCo
@@ -51,6 +52,21 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
         return state, metrics
 
     return _compiled(blueprint, step, state=blueprint.shardings, out=(blueprint.shardings, _replicated(blueprint)))
+
+
+def lowered(blueprint: Blueprint) -> jax.stages.Lowered:
+    """`train_step` traced for the arrays of this run, none of which has to exist."""
+    config, stop = blueprint.config, meshes.per_device(blueprint.mesh)
+    shape, rows = (config.batch, config.seq_len), blueprint.batch_sharding()
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in BATCH_FIELDS.items()}
+    flags = jax.ShapeDtypeStruct((blueprint.mesh.size,), jnp.int32, sharding=stop)
+    return train_step(blueprint).lower(blueprint.abstract, batch, flags)
+
+
+def compiled_ahead(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[State, dict[str, Array]]]:
+    """`train_step`, compiled on a thread from now on, while the caller draws a state and opens files; a call waits for it."""
+    made = in_background(lambda: lowered(blueprint).compile())
+    return lambda *arguments: made.result()(*arguments)
 
 
 def _advance(blueprint: Blueprint, state: State, batch: Batch) -> tuple[State, tuple[Sums, Extras, Array]]:

@@ -79,7 +79,7 @@ def test_windows_count_every_token_once_except_each_documents_first():
 
 def test_fields_have_the_protocols_types():
     packed = vectorised(documents(0, 9), [0, 4], 4)
-    assert tuple(packed) == BATCH_FIELDS
+    assert list(packed) == list(BATCH_FIELDS)
     kinds = {name: packed[name].dtype for name in packed}
     assert kinds.pop("weights") == np.float32
     assert set(kinds.values()) == {np.dtype(np.int32)}

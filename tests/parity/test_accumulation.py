@@ -2,15 +2,13 @@
 
 import dataclasses
 
-import jax
-import numpy as np
 import pytest
 
 import meshes
 from jaxtrain.observe.hlo import collectives
 from jaxtrain.train.state import Blueprint
-from jaxtrain.train.step import train_step
-from tests.parity.test_layouts import CONFIG, REORDERED, _assert_close, _batch, _gradients, _on, _one_device
+from jaxtrain.train.step import lowered
+from tests.parity.test_layouts import CONFIG, REORDERED, _assert_close, _gradients, _on, _one_device
 
 ACCUMULATED = dataclasses.replace(CONFIG, batch=32, accumulate=4)
 MESHES = {"data2 fsdp2 tensor2": dict(data=2, fsdp=2, tensor=2), "replica2 context2 fsdp2": dict(replica=2, context=2, fsdp=2)}
@@ -48,8 +46,4 @@ def test_copies_reduce_gradients_once_a_step_unless_told_otherwise(preset, sizes
 def _collectives(config, sizes):
     config = dataclasses.replace(config, mesh=meshes.MeshConfig(**({"fsdp": 1} | sizes)))
     blueprint = Blueprint(config, meshes.make(config.mesh))
-    sharding = blueprint.batch_sharding()
-    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for k, x in _batch(config).items()}
-    stop = jax.ShapeDtypeStruct((8,), np.int32, sharding=meshes.per_device(blueprint.mesh))
-    program = train_step(blueprint).lower(blueprint.abstract, batch, stop).compile().as_text()
-    return collectives(program, blueprint.mesh)
+    return collectives(lowered(blueprint).compile().as_text(), blueprint.mesh)

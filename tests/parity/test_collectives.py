@@ -16,10 +16,9 @@ import pytest
 import meshes
 from jaxtrain.observe.hlo import collectives, traffic
 from jaxtrain.train.state import Blueprint
-from jaxtrain.train.step import train_step
+from jaxtrain.train.step import lowered
 from models.llama import Config
 from tests.parity.test_experts import MODELS
-from tests.parity.test_layouts import _batch
 from tests.tiny import TINY
 
 BUDGET = Path(__file__).with_name("collectives.json")
@@ -40,9 +39,7 @@ def measured(model, sizes):
     config = dataclasses.replace(TINY, model=model, mesh=meshes.MeshConfig(**({"fsdp": 1} | sizes)))
     mesh = meshes.make(config.mesh, jax.devices()[: int(np.prod(list(sizes.values())))])
     blueprint = Blueprint(config, mesh)
-    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=blueprint.batch_sharding()) for k, x in _batch(config).items()}
-    stop = jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=meshes.per_device(mesh))
-    found = collectives(train_step(blueprint).lower(blueprint.abstract, batch, stop).compile().as_text(), mesh)
+    found = collectives(lowered(blueprint).compile().as_text(), mesh)
     return [one for one in found if one.bytes >= SMALL and one.axes]
 
 

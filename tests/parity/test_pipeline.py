@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import meshes
-from jaxtrain.config import check_layout, num_microbatches
 from jaxtrain.errors import ConfigError
 from jaxtrain.generate import generate
+from jaxtrain.layout import check_layout, num_microbatches
 from jaxtrain.train.pipeline import divide
 from jaxtrain.train.state import Blueprint
-from jaxtrain.train.step import eval_step, train_step
+from jaxtrain.train.step import eval_step, lowered
 from meshes import DEFAULT, ZERO1, GPipe, Interleaved, OneFOneB, ZeroBubble
 from tests.parity.test_layouts import (
     CONFIG,
@@ -66,7 +66,7 @@ def test_stages_beside_other_axes_equal_one_device(sizes, capfd):
 @pytest.mark.parametrize(
     ("pipeline", "sizes"),
     [
-        (OneFOneB(), dict(stage=4, fsdp=2)),
+        pytest.param(OneFOneB(), dict(stage=4, fsdp=2), marks=SLOW),
         (ZeroBubble(), dict(stage=2, tensor=2, data=2)),
         (Interleaved(chunks=2), dict(stage=2, fsdp=2)),
         pytest.param(GPipe(keep="inputs"), dict(stage=2, tensor=2), marks=SLOW),
@@ -139,11 +139,7 @@ def test_layers_lie_where_their_virtual_stage_is():
 
 
 def _compiled(config, **sizes):
-    blueprint = _blueprint(config, **sizes)
-    described = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    batch = {name: described(x, blueprint.batch_sharding()) for name, x in _batch(config).items()}
-    stop = described(np.zeros(blueprint.mesh.size, np.int32), meshes.per_device(blueprint.mesh))
-    return train_step(blueprint).lower(blueprint.abstract, batch, stop).compile()
+    return lowered(_blueprint(config, **sizes)).compile()
 
 
 @pytest.mark.parametrize(

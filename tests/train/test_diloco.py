@@ -1,6 +1,7 @@
 """DiLoCo against plain data parallelism, against replicas trained one by one with the outer step in float64, and resumed."""
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from jaxtrain.train.optim import Optimizer
 from jaxtrain.train.replicas import DiLoCo, Together
 from jaxtrain.train.schedule import WSD
 from jaxtrain.train.state import Blueprint
-from jaxtrain.train.step import train_step
+from jaxtrain.train.step import lowered, train_step
 from tests.tiny import TINY
 
 # Relative to the largest entry of an array: sums over tokens in another order, in fp32.
@@ -52,8 +53,11 @@ def _batch(blueprint, index, rows=slice(None)):
     return jax.device_put(batch, blueprint.batch_sharding())
 
 
+_step = functools.cache(train_step)  # compiled once for each blueprint
+
+
 def _run(blueprint, first, last, state=None, rows=slice(None)):
-    step, losses = train_step(blueprint), []
+    step, losses = _step(blueprint), []
     state = blueprint.init() if state is None else state
     stop = jax.device_put(np.zeros(blueprint.mesh.devices.size, np.int32), meshes.per_device(blueprint.mesh))
     for index in range(first, last):
@@ -141,12 +145,11 @@ def test_each_fragment_meets_in_its_turn_and_is_every_so_many_th_layer():
     assert whole[1] and whole[3]
 
 
-@pytest.mark.parametrize("sent", ["bfloat16", "int8"])
+@pytest.mark.parametrize("sent", ["bfloat16", pytest.param("int8", marks=SLOW)])
 def test_what_is_rounded_is_sent_in_its_own_bytes_and_the_rest_later(sent):
     config = dataclasses.replace(CONFIG, replicas=DiLoCo(every=2, sent=sent))
     blueprint = _start(config, replica=2)
-    stop = jax.ShapeDtypeStruct((2,), np.int32, sharding=meshes.per_device(blueprint.mesh))
-    program = train_step(blueprint).lower(blueprint.abstract, _batch(blueprint, 0), stop).as_text()
+    program = lowered(blueprint).as_text()
     wire = {"bfloat16": "bf16", "int8": "i8"}[sent]
     gathered = re.findall(r"stablehlo.all_gather.*?-> tensor<([\dx]*)x(\w+)>", program)
     sizes = [(np.prod([int(n) for n in dims.split("x")]), kind) for dims, kind in gathered]
@@ -208,8 +211,7 @@ def test_fragments_are_alike_in_size():
 def _bytes_over_replica(config, **sizes):
     """Per step, from the compiled program; what stands under a condition runs once in `every` steps."""
     blueprint = _start(config, **sizes)
-    stop = jax.ShapeDtypeStruct((blueprint.mesh.devices.size,), np.int32, sharding=meshes.per_device(blueprint.mesh))
-    program = train_step(blueprint).lower(blueprint.abstract, _batch(blueprint, 0), stop).compile().as_text()
+    program = lowered(blueprint).compile().as_text()
     found = [one for one in collectives(program, blueprint.mesh) if "replica" in one.axes]
     rare = getattr(config.replicas, "every", 1)
     return sum(one.wire_bytes * one.times / (rare if one.branch else 1) for one in found)

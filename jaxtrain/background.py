@@ -1,4 +1,4 @@
-"""Work beside the training loop, and deadlines for those who wait for it. It retries nothing."""
+"""Work on threads beside the main one, and deadlines for those who wait for it. It retries nothing."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def in_background(work: Callable[[], T], *, yielding: bool = False) -> Future[T]
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    threading.Thread(target=run, name="background", daemon=True).start()
     return future
