@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxtrain.errors import RunError
 
 OURS = ("JAXTRAIN_COORDINATOR", "JAXTRAIN_NUM_PROCESSES", "JAXTRAIN_PROCESS_ID")
+SERVICE = "JAXTRAIN_SERVICE"  # instead of the first: a coordination service that no trainer hosts
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _BY_HAND = f"set {', '.join(OURS)} in every process"
 
@@ -17,18 +18,20 @@ _BY_HAND = f"set {', '.join(OURS)} in every process"
 class Member:
     """One process of several: where process 0 listens ("host:port"), how many there are, which one this is.
 
-    `gpus`: the only GPUs of this host that are its own; None: all that it sees.
+    `gpus`: the only GPUs of this host that are its own; None: all that it sees. `hosted`: by process 0, which has to
+    start the coordination service there; else that runs already.
     """
 
     coordinator: str
     count: int
     index: int
     gpus: list[int] | None = None
+    hosted: bool = True
 
 
 def member(env: Mapping[str, str] = os.environ) -> Member | None:
     """This process's place by JAXTRAIN_*, else Slurm, Open MPI or Kubernetes; None: it is alone. Raises RunError."""
-    given = [name for name in OURS if name in env]
+    given = [name for name in (SERVICE, *OURS) if name in env]
     if given:
         return _ours(env, given)
     manager = _manager(env)
@@ -39,7 +42,8 @@ def _ours(env: Mapping[str, str], given: list[str]) -> Member | None:
     if env.get(OURS[1]) == "1":
         return None
     count, index = (env.get(name, "") for name in OURS[1:])
-    host, _, port = env.get(OURS[0], "").rpartition(":")
+    service = env.get(SERVICE)
+    host, _, port = (service or env.get(OURS[0], "")).rpartition(":")
     if not (host and port.isdecimal() and count.isdecimal() and index.isdecimal() and int(index) < int(count)):
         raise RunError(
             "The JAXTRAIN_* environment does not say who this process is.",
@@ -47,7 +51,7 @@ def _ours(env: Mapping[str, str], given: list[str]) -> Member | None:
             rule=f"{OURS[0]}=host:port of process 0, {OURS[1]}=N, {OURS[2]}=0..N-1, all three",
             fix="set all three in every process, or none",
         )
-    return Member(coordinator=env[OURS[0]], count=int(count), index=int(index))
+    return Member(coordinator=service or env[OURS[0]], count=int(count), index=int(index), hosted=not service)
 
 
 def _manager(env: Mapping[str, str]) -> str:

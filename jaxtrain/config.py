@@ -17,6 +17,7 @@ from jaxtrain.data.source import Source, check_disjoint
 from jaxtrain.errors import ConfigError, UserError
 from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
+from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.train.optim import AdamW, Optim
 from jaxtrain.train.precision import Precision
 from jaxtrain.train.replicas import Replicas, Together
@@ -55,6 +56,7 @@ class RunConfig(Generic[M]):
     accumulate: int = 1  # microbatches per step
     replicas: Replicas = Together()  # how they stay one model
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: Deadlines = field(default_factory=Deadlines)  # under `jaxtrain launch`: when a trainer counts as hung
     log_every: int = 10
     sinks: tuple[Sink, ...] = (Console(), Jsonl(), TensorBoard())
     endings: tuple[Ending, ...] = ()  # what is printed after the last step
@@ -72,7 +74,7 @@ class RunConfig(Generic[M]):
 
 # Fields that a run folder may be continued with although they differ: they move work, they do not change the numbers'
 # definition. A mesh of another size changes the last bit of a sum; the difference is printed all the same.
-FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "log_every", "sinks", "endings", "xla", "runs_dir", "eval")
+FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "watch", "log_every", "sinks", "endings", "xla", "runs_dir", "eval")
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), flags: Iterable[str] = ()) -> RunConfig:

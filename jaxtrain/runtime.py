@@ -26,6 +26,7 @@ from jaxtrain import coordination
 from jaxtrain.cluster import Member, few, member
 from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.meeting import meet
+from jaxtrain.resilience import service
 from jaxtrain.xla import XlaFlags, add_flags, on_gpu
 
 if TYPE_CHECKING:
@@ -274,11 +275,14 @@ def _join(me: Member, deadline_s: float) -> None:
 
     global _process
     _process = Process(index=me.index, count=me.count, host=_process.host)
-    meet(me, _process.host, deadline_s)
+    if me.hosted:
+        meet(me, _process.host, deadline_s)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # two programs in flight meet gloo in either order, and hang
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
+        if not me.hosted:
+            return service.connect(me.coordinator, me.count, me.index, deadline_s)
         jax.distributed.initialize(
             me.coordinator, me.count, me.index, local_device_ids=me.gpus, cluster_detection_method="deactivate"
         )

@@ -39,21 +39,27 @@ class Loop:
     save: Callable[[int, State], None]
     check_save: Callable[[], None]  # raises what went wrong with a save in the background
     last_good: Callable[[], str]  # the newest checkpoint, in words
+    beat: Callable[[str, int], None]  # tells the supervisor what the loop does now, and how many updates are done
 
     def run(self, state: State, batches: Iterable[tuple[int, Any]], first_step: int) -> tuple[State, int]:
         """Trains from `first_step` completed updates to the end or a stop. -> (state, the signal that stopped it or 0)."""
         self._first, self._stopped, pending = first_step, 0, None
+        self.beat("data", first_step)
         for index, batch in batches:
+            self.beat("compile" if index == first_step else "step", index)
             state, metrics = self.step(state, batch, self.stop.flags())
             if pending:
+                self.beat("metrics", index)
                 self._read(*pending)
             done, pending = index + 1, (index + 1, metrics)
             if self._due(done):
+                self.beat("metrics", done)
                 self._read(*pending)
                 pending = None
                 self._after(done, state)
             if self._stopped:
                 break
+            self.beat("data", done)
         return state, self._stopped
 
     def _due(self, done: int) -> bool:
@@ -69,8 +75,10 @@ class Loop:
 
     def _after(self, done: int, state: State) -> None:
         if self._evaluates(done):
+            self.beat("evaluate", done)
             self.evaluate(done, state)
         if self._saves(done) or done == self.config.steps or self._stopped:
+            self.beat("save", done)
             self.recorder.flush()
             self.save(done, state)
         self.clock.restart(done)

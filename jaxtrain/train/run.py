@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from signal import Signals
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 import meshes
@@ -22,6 +24,7 @@ from jaxtrain.observe.log import process_log
 from jaxtrain.observe.plot import plot_loss
 from jaxtrain.observe.recorder import Recorder, StepClock
 from jaxtrain.observe.throughput import peak_flops
+from jaxtrain.resilience import pulse as pulses
 from jaxtrain.train.evaluate import Evaluator, open_data
 from jaxtrain.train.loop import Loop
 from jaxtrain.train.pipeline import describe
@@ -43,8 +46,10 @@ class Finished:
 
 def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool = False) -> int:
     """Trains or resumes; returns 0, or 128 + the signal that stopped it. Every process of the run calls it."""
+    pulse = pulses.mine()
     check_layout(config, len(runtime.devices()))
     mesh = meshes.make(config.mesh, runtime.devices())
+    pulse.about(_coordinates(mesh))
     fingerprint = {k: str(v) for k, v in flatten(encode(config)).items()} | {"code": runtime.code_fingerprint()}
     runtime.compare_fingerprints(fingerprint, deadline_s=300)
     with ExitStack() as stack:
@@ -53,10 +58,13 @@ def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool =
             stack.callback(folder.close)
         runtime.barrier("run folder", deadline_s=300)
         stack.enter_context(process_log(config.run_dir, process.index))
-        return _run(config, mesh, process, stack, accept_changes)
+        return _run(config, mesh, process, stack, accept_changes, pulse)
 
 
-def _run(config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitStack, accept_changes: bool) -> int:
+def _run(
+    config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitStack, accept_changes: bool, pulse: pulses.Pulse
+) -> int:
+    pulse.beat("restore", 0)
     if runs_pipeline(config, mesh.shape):
         runtime.compile_anew_on_cpu()
     blueprint = Blueprint(config, mesh)
@@ -96,10 +104,12 @@ def _run(config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitSta
 
     flops = config.model.flops_per_token(config.seq_len) * config.tokens_per_step
     clock = StepClock(config.tokens_per_step, flops, peak_flops(config.precision.compute), first_step)
-    loop = Loop(config, step, stop, recorder, clock, evaluate, save, checkpoints.check, last_good)
+    loop = Loop(config, step, stop, recorder, clock, evaluate, save, checkpoints.check, last_good, pulse.beat)
     state, signal = loop.run(state, loader, first_step)
+    pulse.beat("save", int(state.step))
     checkpoints.wait()
     recorder.flush()
+    pulse.beat("end", int(state.step))
     if signal:
         _say(process, f"stopped by {Signals(signal).name} at step {int(state.step)}; the same command continues")
         return 128 + signal
@@ -136,6 +146,15 @@ def _end(process: runtime.Process, finished: Finished) -> None:
 
 def _headline(config: RunConfig, mesh: Mesh) -> str:
     return f"{config.name}: {config.model.num_params():,} parameters, {meshes.product(mesh.shape)}"
+
+
+def _coordinates(mesh: Mesh) -> str:
+    """Where this process's devices lie in the mesh: "data 0 tensor 0-1"."""
+    local = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+    places = np.argwhere(np.reshape(local, mesh.devices.shape))
+    spans = {axis: (places[:, dim].min(), places[:, dim].max()) for dim, axis in enumerate(mesh.axis_names)}
+    rows = [f"{axis} {a}" if a == b else f"{axis} {a}-{b}" for axis, (a, b) in spans.items() if mesh.shape[axis] > 1]
+    return " ".join(rows)
 
 
 def _say(process: runtime.Process, line: str) -> None:

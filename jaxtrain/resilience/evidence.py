@@ -1,0 +1,77 @@
+"""Stacks of trainers that hang, gathered within seconds into the run folder while they still live. It judges nobody."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtrain.resilience.verdict import Status
+
+GATHER_S = 8.0  # for all of it
+_OURS = re.compile(r"^\s+(\S+) \((.*?):(\d+)\)$")  # a frame as py-spy prints it: function (file:line)
+
+
+def gather(statuses: Sequence[Status], folder: Path) -> list[Status]:
+    """Writes p0.txt, p1.txt, ... : state, Python and native stacks of each that lives; the statuses, with frames."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + GATHER_S
+    running = [status for status in statuses if status.code is None]
+    plain = {s.index: _spy(s.pid, "--nonblocking") for s in running}
+    texts = {index: _output(process, end) for index, process in plain.items()}
+    native = {s.index: _spy(s.pid, "--native") for s in running if not s.stopped}
+    for status in running:
+        deep = _output(native.get(status.index), end)
+        parts = [_about(status), _kernel(status.pid), texts[status.index], deep]
+        (folder / f"p{status.index}.txt").write_text("\n\n".join(filter(None, parts)) + "\n")
+    return [dataclasses.replace(s, frame=_frame(texts.get(s.index, ""))) for s in statuses]
+
+
+def _about(status: Status) -> str:
+    beat = status.beat
+    told = f"step {beat.step}, phase {beat.phase} since {beat.age():.1f} s, sequence {beat.sequence}" if beat else "no beat"
+    return f"{status.place}, pid {status.pid}: {told}{', stopped' if status.stopped else ''}"
+
+
+def _kernel(pid: int) -> str:
+    """What the kernel says of its threads: state, and where they sleep."""
+    rows = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        try:
+            name, state = (task / "comm").read_text().strip(), (task / "stat").read_text().rpartition(")")[2].split()[0]
+            rows.append(f"  thread {task.name} {name:<16} {state} {(task / 'wchan').read_text().strip()}")
+        except OSError:
+            continue  # it ended meanwhile
+    return "\n".join(rows)
+
+
+def _spy(pid: int, how: str) -> subprocess.Popen[str] | None:
+    """py-spy, which reads another process's memory: it needs nothing of a process that hangs."""
+    found = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    if found is None:
+        return None
+    pipe = subprocess.PIPE
+    return subprocess.Popen([found, "dump", how, "--pid", str(pid)], stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def _output(process: subprocess.Popen[str] | None, end: float) -> str:
+    if process is None:
+        return ""
+    try:
+        return process.communicate(timeout=max(0.1, end - time.monotonic()))[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
+
+
+def _frame(text: str) -> str:
+    """Of the main thread, the innermost frame that is not jax's or the standard library's: `get (loader.py:72)`."""
+    main = text.partition('"MainThread"')[2].partition("\nThread ")[0]
+    frames = [match.groups() for line in main.splitlines() if (match := _OURS.match(line))]
+    own = [frame for frame in frames if frame[1].startswith("jaxtrain/") or "/jaxtrain/" in frame[1]]
+    return "{} ({}:{})".format(*(own or frames)[0]) if frames else ""

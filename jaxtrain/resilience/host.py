@@ -1,0 +1,139 @@
+"""The processes of one machine: trainers of the current generation, standbys for the next, coordination services.
+
+It starts and kills what it is told to, and says what it sees. What that means, and what to do, the lead decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtrain.resilience import pulse
+from jaxtrain.resilience.child import Child
+from jaxtrain.resilience.verdict import Status
+
+FENCE_S = 10.0  # for the kernel to end a process after SIGKILL: one in uninterruptible I/O takes as long as its disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One generation as this host has to start it: trainers `first`, `first` + 1, ... of `count`."""
+
+    generation: int
+    service: str  # host:port
+    first: int
+    count: int
+    env: Mapping[str, str]
+
+
+class Host:
+    """To be used by the main thread alone. `argv` is the trainers' command line, `processes` how many run here."""
+
+    def __init__(self, argv: Sequence[str], processes: int, changed: threading.Event, env: Mapping[str, str]):
+        self.name, self._argv, self._env, self._changed = socket.gethostname(), list(argv), dict(env), changed
+        self.processes, self._plan = processes, None
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="jaxtrain-", dir=memory))
+        self._trainers: list[Child] = []
+        self._standbys: list[Child] = []
+        self._services: list[tuple[int, int, Child]] = []  # port, for how many trainers
+
+    def prepare(self, count: int) -> None:
+        """Standbys for every trainer of this host, and a service for `count`: on their way when it returns."""
+        self._standbys = [child for child in self._standbys if child.ended is None]
+        while len(self._standbys) < self.processes:
+            command = [sys.executable, "-m", "jaxtrain.resilience.trainer", *self._argv[1:]]
+            self._standbys.append(Child(command, self._env, "[standby] ", self._changed))
+        self._services = [row for row in self._services if row[2].ended is None]
+        if all(made_for != count for _, made_for, _ in self._services):
+            port, quiet = _free_port(), self._env | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+            command = [sys.executable, "-m", "jaxtrain.resilience.service", str(port), str(count)]
+            self._services.append((port, count, Child(command, quiet, "[service] ", self._changed)))
+
+    def ready(self) -> bool:
+        """Whether all that was prepared waits for orders."""
+        return all(child.ready for child in self._standbys) and all(child.ready for _, _, child in self._services)
+
+    def service(self, count: int) -> tuple[int, Child]:
+        """A prepared service for `count` trainers: its port, and the process, which the caller ends."""
+        row = next(row for row in self._services if row[1] == count)
+        self._services.remove(row)
+        return row[0], row[2]
+
+    def start(self, plan: Plan) -> None:
+        """Turns standbys into the trainers of this generation, ready or not: one that still imports reads its order later."""
+        assert not self._trainers, "the last generation is not fenced"
+        ready = sorted(self._standbys, key=lambda child: not child.ready)
+        self._trainers, self._standbys, self._plan = ready[: self.processes], ready[self.processes :], plan
+        for local, child in enumerate(self._trainers):
+            child.head = f"[p{plan.first + local}] "
+            child.tell(json.dumps({"env": self._place(plan, local), "argv": self._argv}))
+
+    def statuses(self) -> list[Status]:
+        """Of this generation's trainers, by index."""
+        plan = self._plan
+        return [
+            Status(
+                index=plan.first + local,
+                host=self.name,
+                pid=child.pid,
+                code=child.code,
+                ended=child.ended,
+                beat=self._beat(plan, local),
+                stopped=child.ended is None and child.stopped(),
+            )
+            for local, child in enumerate(self._trainers)
+        ]
+
+    def signal(self, number: int) -> None:
+        """To all trainers."""
+        for child in self._trainers:
+            child.signal(number)
+
+    def fence(self) -> list[int]:
+        """Kills all trainers; the processes that the kernel has not ended in time."""
+        for child in self._trainers:
+            child.signal(signal.SIGKILL)
+        alive = [child.pid for child in self._trainers if not child.kill(FENCE_S)]
+        self._trainers = []
+        return alive
+
+    def close(self) -> None:
+        """Ends everything that was started here."""
+        children = [*self._trainers, *self._standbys, *(child for _, _, child in self._services)]
+        for child in children:
+            child.signal(signal.SIGKILL)
+        for child in children:
+            child.kill(FENCE_S)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _beat(self, plan: Plan, local: int) -> pulse.Beat | None:
+        return pulse.read(self._pulse(plan, local))
+
+    def _pulse(self, plan: Plan, local: int) -> Path:
+        return self.folder / f"{plan.generation}.{plan.first + local}.pulse"
+
+    def _place(self, plan: Plan, local: int) -> dict[str, str]:
+        return dict(plan.env) | {
+            "JAXTRAIN_SERVICE": plan.service,
+            "JAXTRAIN_NUM_PROCESSES": str(plan.count),
+            "JAXTRAIN_PROCESS_ID": str(plan.first + local),
+            "JAXTRAIN_GENERATION": str(plan.generation),
+            "JAXTRAIN_PULSE": str(self._pulse(plan, local)),
+            "JAXTRAIN_SNAPSHOTS": str(self.folder),
+        }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

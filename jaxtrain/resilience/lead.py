@@ -1,0 +1,239 @@
+"""The generations of a run: forms one, watches it, judges it, fences it, forms the next, until the run ends.
+
+A generation is a set of trainers that are one jax.distributed job. Whatever goes wrong in it ends all of it: the culprit
+is named before anything is killed, nothing new starts before the last of the old is dead for certain, and the next
+generation starts from standbys and the newest good state. An incident is a row in the run folder's incidents.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.errors import RunError
+from jaxtrain.resilience import evidence, verdict
+from jaxtrain.resilience.child import Child
+from jaxtrain.resilience.deadlines import Deadlines
+from jaxtrain.resilience.host import Host, Plan
+from jaxtrain.resilience.pulse import Beat
+from jaxtrain.resilience.verdict import Status, Verdict, as_shell
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_S = 0.02  # between two looks at the pulses; an exit is noticed at once
+SETTLE_S = 0.05  # between the first exit and the verdict: what ended with it
+STOP_S = 300.0  # for a last checkpoint after a signal
+FINISH_S = 600.0  # for the others to end after one has ended well
+AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
+FINAL = (2,)  # exit codes that another start would not change: the user's input
+STOPPED = (130, 143)  # of a trainer that was told to stop, and saved: SIGINT, SIGTERM
+ATTEMPTS = 5  # generations in a row without a new step
+
+
+@dataclass
+class Incident:
+    """One failure and its recovery; times of time.monotonic."""
+
+    number: int
+    verdict: Verdict
+    step: int  # that the run had reached
+    began: float  # when the trainer ended, or was last heard
+    noticed: float
+    times: dict[str, float] = field(default_factory=dict)  # when each part of the recovery was done
+    restored: int | None = None
+
+    def row(self) -> dict[str, Any]:
+        """JSON: seconds of each part, from what ended the one before it."""
+        ends = {"detection": self.noticed} | self.times
+        starts = [self.began, *ends.values()]
+        parts = {name: round(end - start, 3) for (name, end), start in zip(ends.items(), starts)}
+        last = max(ends.values())
+        return {
+            "incident": self.number,
+            "step": self.step,
+            **verdict.as_json(self.verdict),
+            "restored_step": self.restored,
+            "replayed_steps": None if self.restored is None else self.step - self.restored,
+            "recovery_seconds": round(last - self.began, 3),
+            "seconds": parts,
+        }
+
+
+class Lead:
+    """`run` returns the exit code. `env`: of a generation by its number, for faults that are injected."""
+
+    def __init__(
+        self,
+        host: Host,
+        run_dir: Path,
+        changed: threading.Event,
+        deadlines: Deadlines,
+        env: Callable[[int], dict[str, str]] = lambda generation: {},
+    ):
+        self._host, self._run_dir, self._changed, self._deadlines, self._env = host, run_dir, changed, deadlines, env
+        self._generation, self._reached, self._failures, self._count = 0, 0, 0, 0
+        self._seen: list[Beat] = []  # of older generations, to learn from
+        self._incident: Incident | None = None
+        self._signals: list[int] = []
+        self._noticed = 0.0
+
+    def run(self) -> int:
+        """Until the run has ended, was stopped, or failed too often without progress."""
+        old = {number: signal.signal(number, self._forward) for number in SIGNALS}
+        try:
+            while True:
+                service = self._form()
+                try:
+                    ended = self._watch()
+                finally:
+                    judged = time.monotonic()
+                    alive = self._host.fence()
+                    service.kill(1.0)
+                if isinstance(ended, int):
+                    return ended
+                self._after(ended, alive, {"verdict": judged, "fencing": time.monotonic()})
+        finally:
+            self._host.close()
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _form(self) -> Child:
+        """Starts the next generation; the service that it hangs on."""
+        count = self._host.processes
+        self._host.prepare(count)
+        port, service = self._host.service(count)
+        self._generation += 1
+        env = self._env(self._generation)
+        self._host.start(
+            Plan(generation=self._generation, service=f"localhost:{port}", first=0, count=count, env=env)
+        )
+        return service
+
+    def _watch(self) -> int | Verdict:
+        """Until the generation ends: the run's exit code, or what went wrong."""
+        prepared, ended_well = False, None
+        while True:
+            self._changed.wait(POLL_S)
+            self._changed.clear()
+            statuses = self._host.statuses()
+            codes = [s.code for s in statuses]
+            if all(code == 0 for code in codes):
+                return 0
+            self._noticed = time.monotonic()
+            if any(codes):
+                return self._exits()
+            beats = [s.beat for s in statuses if s.beat and s.beat.generation == self._generation]
+            self._progress(beats)
+            if not prepared and beats and min(beat.counts["step"] for beat in beats) >= 2:
+                self._host.prepare(self._host.processes)
+                prepared = True
+            if hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats):
+                return self._gathered(hang, statuses)
+            if any(code == 0 for code in codes):
+                ended_well = ended_well or time.monotonic()
+                if time.monotonic() > ended_well + FINISH_S:
+                    return self._gathered(_unfinished(statuses), statuses)
+
+    def _progress(self, beats: list[Beat]) -> None:
+        """Notes what was reached; the first new step ends an incident."""
+        if len(beats) < self._host.processes:
+            return
+        step = min(beat.step for beat in beats)
+        if incident := self._incident:
+            working = [beat for beat in beats if beat.phase not in ("start", "restore")]
+            if "start" not in incident.times and all(beat.phase != "start" for beat in beats):
+                incident.times["start"] = time.monotonic()
+            if len(working) == len(beats) and incident.restored is None:
+                incident.restored = step
+                incident.times["restore"] = time.monotonic()
+            if incident.restored is not None and step > incident.restored and "first step" not in incident.times:
+                incident.times["first step"] = time.monotonic()
+            if step > incident.step:
+                incident.times["catch-up"] = time.monotonic()
+                self._close_incident()
+        if step > self._reached:
+            self._reached, self._failures = step, 0
+
+    def _exits(self) -> int | Verdict:
+        """After an exit code that is not 0: the run's own, where it was told to stop or cannot be run, or the verdict."""
+        time.sleep(SETTLE_S)
+        statuses = self._host.statuses()
+        codes = {s.code for s in statuses if s.code}
+        if self._signals or codes & {*FINAL, *STOPPED}:
+            return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
+        return verdict.of_exits(statuses)
+
+    def _last_exits(self, limit_s: float) -> int:
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end and any(s.code is None for s in self._host.statuses()):
+            self._changed.wait(POLL_S)
+            self._changed.clear()
+        statuses = self._host.statuses()
+        if left := [s.index for s in statuses if s.code is None]:
+            _say(f"ending processes {left}, which did not end by themselves in {limit_s:.0f} s")
+        ended = sorted((s for s in statuses if s.code), key=lambda s: s.ended)
+        return as_shell(ended[0].code) if ended else 1
+
+    def _gathered(self, found: Verdict, statuses: list[Status]) -> Verdict:
+        """The same verdict with stacks behind it, which are gathered before anybody is killed."""
+        folder = self._run_dir / "incidents" / f"{self._count + 1:04}"
+        with_frames = evidence.gather(statuses, folder)
+        again = verdict.of_hang(with_frames, self._deadlines, [])
+        return found if again is None else again
+
+    def _after(self, found: Verdict, alive: list[int], times: dict[str, float]) -> None:
+        """Records the incident; raises RunError where going on makes no sense."""
+        if self._incident:  # the recovery failed too
+            self._close_incident()
+        beats = [s.beat for s in found.statuses if s.beat]
+        self._seen = (self._seen + beats)[-64:]
+        self._count, self._failures = self._count + 1, self._failures + 1
+        step = max(self._reached, *(beat.step for beat in beats), 0) if beats else self._reached
+        began = min((s.ended for s in found.statuses if s.index in found.culprits and s.ended), default=None)
+        silent = [s.beat.since for s in found.statuses if s.index in found.culprits and s.beat]
+        began = began or min(silent, default=self._noticed)
+        self._incident = Incident(self._count, found, step, began, self._noticed, times)
+        _say(f"incident {self._count}: {found.line}")
+        if alive:
+            raise RunError(
+                "a trainer could not be killed.",
+                got=f"processes {alive} on {self._host.name} live after SIGKILL",
+                rule="nothing new starts while an old trainer may still write",
+                fix="a process that the kernel cannot end waits for a device or a disk: look at dmesg",
+            )
+        if self._failures >= ATTEMPTS:
+            self._close_incident()
+            raise RunError(
+                f"{self._failures} generations in a row made no new step.",
+                got=f"the last: {found.line}",
+                rule=f"the run reached step {self._reached} and does not get beyond it",
+                fix=f"look at what the trainers printed, and at {self._run_dir / 'incidents.jsonl'}",
+            )
+
+    def _close_incident(self) -> None:
+        incident, self._incident = self._incident, None
+        row = incident.row()
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        with open(self._run_dir / "incidents.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        _say(f"incident {incident.number}: over after {row['recovery_seconds']:.1f} s, {row['replayed_steps']} steps again")
+
+    def _forward(self, number: int, frame: object) -> None:
+        self._signals.append(number)
+        self._host.signal(number if len(self._signals) == 1 else signal.SIGKILL)
+
+
+def _unfinished(statuses: list[Status]) -> Verdict:
+    late = tuple(s.index for s in statuses if s.code is None)
+    line = f"processes {list(late)} did not end within {FINISH_S:.0f} s of the first that was done"
+    return Verdict(what="hang", culprits=late, line=line, statuses=statuses)
+
+
+def _say(line: str) -> None:
+    print(f"[lead] {line}", file=sys.stderr, flush=True)

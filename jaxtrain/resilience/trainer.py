@@ -1,0 +1,59 @@
+"""A trainer process that waits, with everything imported and no device touched, until its supervisor says what to run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+import traceback
+
+from jaxtrain.resilience.child import READY, die_with_parent
+
+_NICENESS = 19  # while it imports: the trainers that run have the CPUs
+
+
+def main(argv: list[str]) -> None:
+    """CONFIG and overrides: what to import for. Then one line of JSON on stdin: {"env": {...}, "argv": [...]}; its end: leave."""
+    die_with_parent()
+    warming = threading.Thread(target=_warm, args=(argv,), daemon=True)
+    warming.start()
+    warming.join()
+    print(READY, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        os._exit(0)
+    order = json.loads(line)
+    os.environ.update(order["env"])
+
+    from jaxtrain.__main__ import main as run
+
+    code = 1
+    try:
+        code = run(order["argv"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not through exit handlers, which wait for peers that may be gone
+
+
+def _warm(argv: list[str]) -> None:
+    """Imports what a run imports. On a thread, for a thread may be niced and the process not, which could not be undone."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    from jaxtrain.errors import UserError
+
+    with contextlib.suppress(UserError):  # the run itself will say it
+        from jaxtrain.config import load
+
+        load(argv[0], argv[1:])
+    for module in ("jaxtrain.train.run", "jaxtrain.checkpoint.save", "jaxtrain.checkpoint.storage"):
+        importlib.import_module(module)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,108 @@
+"""Who is to blame, in one line: from exit codes, pulses and stacks of all trainers. Pure functions: it kills nobody."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jaxtrain.resilience.deadlines import Deadlines
+from jaxtrain.resilience.pulse import PHASES, Beat
+
+WAITING = ("metrics", "compile", "evaluate", "save", "snapshot", "restore")  # phases in which a trainer waits for the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What a supervisor sees of one trainer. `code`: its exit code, negative for a signal; None while it runs."""
+
+    index: int
+    host: str
+    pid: int
+    code: int | None = None
+    ended: float | None = None  # time.monotonic of its end
+    beat: Beat | None = None
+    stopped: bool = False  # by SIGSTOP or a debugger
+    frame: str = ""  # where its main thread stands, once stacks were taken
+
+    @property
+    def place(self) -> str:
+        """`process 3 (host a, data 1)`."""
+        about = f", {self.beat.about}" if self.beat and self.beat.about else ""
+        return f"process {self.index} ({self.host}{about})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`what` in a word or two, the culprits' indices, and one line for people."""
+
+    what: str
+    culprits: tuple[int, ...]
+    line: str
+    statuses: Sequence[Status] = field(default=(), repr=False)
+
+
+def of_exits(statuses: Sequence[Status]) -> Verdict | None:
+    """None while nobody failed. The culprit: of those that a signal ended the first, else the first that failed.
+
+    When one trainer dies its neighbours in a collective fail within milliseconds, by an exception: the signal came first.
+    """
+    failed = sorted((s for s in statuses if s.code), key=lambda s: s.ended)
+    if not failed:
+        return None
+    first = min(failed, key=lambda s: (s.code > 0, s.ended))
+    others = f"; {len(failed) - 1} more failed after it" if len(failed) > 1 else ""
+    step = f" at step {first.beat.step}, phase {first.beat.phase}" if first.beat else " before its first beat"
+    line = f"{first.place} ended by {code_in_words(first.code)}{step}{others}"
+    return Verdict(what=code_in_words(first.code), culprits=(first.index,), line=line, statuses=statuses)
+
+
+def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Beat]) -> Verdict | None:
+    """None while all who run are within their deadlines. `seen`: pulses to learn from."""
+    running = [s for s in statuses if s.code is None and s.beat]
+    allowed = {s.index: deadlines.allowed(s.beat.phase, seen) for s in running}
+    late = [s for s in running if s.beat.age() > allowed[s.index]]
+    if not late:
+        return None
+    culprits = behind(running)
+    waiting = len(running) - len(culprits)
+    who = ", ".join(s.place for s in culprits)
+    one = culprits[0]
+    how = "was stopped" if one.stopped else "made no progress"
+    where = f", in {one.frame}" if one.frame else ""
+    line = (
+        f"{who} {how} for {one.beat.age():.1f} s at step {one.beat.step} in phase {one.beat.phase}{where}"
+        f" (allowed: {allowed[one.index]:.1f} s)" + (f"; {waiting} others wait for it" if waiting else "")
+    )
+    return Verdict(what="hang", culprits=tuple(s.index for s in culprits), line=line, statuses=statuses)
+
+
+def behind(running: Sequence[Status]) -> list[Status]:
+    """Those that the others wait for: the stopped; else who came least far; of equals, who is not waiting; else who has
+    been silent longest."""
+    if stopped := [s for s in running if s.stopped]:
+        return stopped
+    progress = {s.index: (s.beat.step, PHASES.index(s.beat.phase)) for s in running}
+    least = [s for s in running if progress[s.index] == min(progress.values())]
+    if len(least) < len(running):
+        return least
+    busy = [s for s in least if s.beat.phase not in WAITING]
+    if busy and len(busy) < len(least):
+        return busy
+    return [min(least, key=lambda s: s.beat.since)]
+
+
+def code_in_words(code: int) -> str:
+    """`SIGKILL`, `exit code 1`."""
+    if code < 0:
+        return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"exit code {code}"
+
+
+def as_shell(code: int) -> int:
+    """An exit code as a shell counts it: 128 + the signal."""
+    return code if code >= 0 else 128 - code
+
+
+def as_json(verdict: Verdict) -> Mapping[str, object]:
+    return {"what": verdict.what, "culprits": list(verdict.culprits), "line": verdict.line}
