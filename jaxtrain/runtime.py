@@ -26,7 +26,6 @@ from jaxtrain import coordination
 from jaxtrain.cluster import Member, few, member
 from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.meeting import meet
-from jaxtrain.resilience import service
 from jaxtrain.xla import XlaFlags, add_flags, on_gpu
 
 if TYPE_CHECKING:
@@ -282,7 +281,7 @@ def _join(me: Member, deadline_s: float) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         if not me.hosted:
-            return service.connect(me.coordinator, me.count, me.index, deadline_s)
+            return coordination.connect(me.coordinator, me.count, me.index, deadline_s)
         jax.distributed.initialize(
             me.coordinator, me.count, me.index, local_device_ids=me.gpus, cluster_detection_method="deactivate"
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -155,7 +156,7 @@ def test_a_dirty_checkout_names_its_changed_files(tmp_path, monkeypatch):
     assert len(clean["revision"]) == 40 and clean["revision"] == dirty["revision"]
 
 
-# One launch of two processes answers all that needs two: starting them is what costs.
+# One start of two processes answers all that needs two: starting them is what costs.
 TOGETHER = """
     import json, sys
     from jaxtrain import runtime
@@ -188,9 +189,14 @@ TOGETHER = """
 @pytest.fixture(scope="module")
 def together():
     """The results of both processes, lead first."""
-    launcher = "import sys; from jaxtrain.launch.local import launch; sys.exit(launch(sys.argv[1:], 2))"
-    output = python(launcher, sys.executable, "-c", textwrap.dedent(TOGETHER))
-    return [json.loads(line.split("RESULT")[1]) for line in sorted(output.splitlines()) if "RESULT" in line]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = os.environ | {"JAXTRAIN_COORDINATOR": f"127.0.0.1:{port}", "JAXTRAIN_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    command, how = [sys.executable, "-c", textwrap.dedent(TOGETHER)], dict(cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    both = [subprocess.Popen(command, env=here | {"JAXTRAIN_PROCESS_ID": str(index)}, **how) for index in range(2)]
+    outputs = [process.communicate(timeout=2 * JAX_START_S)[0] for process in both]
+    return [json.loads(output.split("RESULT")[1]) for output in outputs]
 
 
 def test_two_processes_compute_together(together):

@@ -23,6 +23,9 @@ from jaxtrain.resilience.verdict import Status
 
 FENCE_S = 10.0  # for the kernel to end a process after SIGKILL: one in uninterruptible I/O takes as long as its disk
 
+TRAINER = (sys.executable, "-m", "jaxtrain.resilience.trainer")
+SERVICE = (sys.executable, "-m", "jaxtrain.resilience.service")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -36,11 +39,23 @@ class Plan:
 
 
 class Host:
-    """To be used by the main thread alone. `argv` is the trainers' command line, `processes` how many run here."""
+    """To be used by the main thread alone. `argv`: the trainers' verb, CONFIG and flags; `processes`: how many run here.
 
-    def __init__(self, argv: Sequence[str], processes: int, changed: threading.Event, env: Mapping[str, str]):
+    `trainer` and `service` are commands that say READY and take orders; tests put small scripts in their place.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        processes: int,
+        changed: threading.Event,
+        env: Mapping[str, str] = os.environ,
+        trainer: Sequence[str] = TRAINER,
+        service: Sequence[str] = SERVICE,
+    ):
         self.name, self._argv, self._env, self._changed = socket.gethostname(), list(argv), dict(env), changed
-        self.processes, self._plan = processes, None
+        self.processes, self._trainer, self._service = processes, trainer, service
+        self._plan: Plan | None = None
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(prefix="jaxtrain-", dir=memory))
         self._trainers: list[Child] = []
@@ -51,12 +66,12 @@ class Host:
         """Standbys for every trainer of this host, and a service for `count`: on their way when it returns."""
         self._standbys = [child for child in self._standbys if child.ended is None]
         while len(self._standbys) < self.processes:
-            command = [sys.executable, "-m", "jaxtrain.resilience.trainer", *self._argv[1:]]
+            command = [*self._trainer, *self._argv[1:]]
             self._standbys.append(Child(command, self._env, "[standby] ", self._changed))
         self._services = [row for row in self._services if row[2].ended is None]
         if all(made_for != count for _, made_for, _ in self._services):
             port, quiet = _free_port(), self._env | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-            command = [sys.executable, "-m", "jaxtrain.resilience.service", str(port), str(count)]
+            command = [*self._service, str(port), str(count)]
             self._services.append((port, count, Child(command, quiet, "[service] ", self._changed)))
 
     def ready(self) -> bool:

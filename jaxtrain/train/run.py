@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def _run(
         return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
 
     flops = config.model.flops_per_token(config.seq_len) * config.tokens_per_step
-    clock = StepClock(config.tokens_per_step, flops, peak_flops(config.precision.compute), first_step)
+    peak = peak_flops(config.precision.compute) if process.lead else math.inf  # the others write no row
+    clock = StepClock(config.tokens_per_step, flops, peak, first_step)
     loop = Loop(config, step, stop, recorder, clock, evaluate, save, checkpoints.check, last_good, pulse.beat)
     state, signal = loop.run(state, loader, first_step)
     pulse.beat("save", int(state.step))

@@ -44,17 +44,18 @@ class Blueprint:
         self.config, self.mesh, self.rules = config, mesh, _rules(config, mesh)
         abstract = nnx.eval_shape(lambda: config.model.build(jax.random.key(0)))
         self._graph, self._slots = nnx.split(abstract)
+        params = nnx.to_pure_dict(self._slots)
         letters = nnx.to_pure_dict(jax.tree.map(lambda p: p.letters, self._slots, is_leaf=_is_param))
         self.tx = config.optim.transform(letters)
         opt = optax.tree_map_params(
             self.tx,
             lambda moment, name: moment if _is_masked(moment) else name,
-            jax.eval_shape(lambda key: self.tx.init(self._params(key)), jax.random.key(0)),
+            jax.eval_shape(self.tx.init, params),
             letters,
             transform_non_params=lambda x: "_" * x.ndim,
             is_leaf=_is_masked,
         )
-        self.shapes, self.letters = jax.eval_shape(self._init, jax.random.key(0)), self._letters(letters, opt)
+        self.shapes, self.letters = jax.eval_shape(self._around, params), self._letters(letters, opt)
         self.shardings = jax.tree_util.tree_map_with_path(self._sharding, self.shapes, self.letters)
 
     def _sharding(self, path: Any, shape: Any, letters: meshes.rules.Letters) -> NamedSharding:
@@ -79,15 +80,16 @@ class Blueprint:
         return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.seed))
 
     def _init(self, key: Any) -> State:
-        params, step = self._params(key), jnp.zeros((), jnp.int32)
+        return self._around(nnx.to_pure_dict(nnx.state(self.config.model.build(key))))
+
+    def _around(self, params: Any) -> State:
+        """The state of a run that begins with these parameters."""
+        step = jnp.zeros((), jnp.int32)
         if not isinstance(self.config.replicas, DiLoCo):
             return State(step=step, params=params, opt=self.tx.init(params))
         groups = self.mesh.shape[diloco.AXIS]
         outer = diloco.start(self.config.replicas, groups, params)
         return State(step=step, params=params, opt=diloco.copies(groups, self.tx.init(params)), outer=outer)
-
-    def _params(self, key: Any) -> Any:
-        return nnx.to_pure_dict(nnx.state(self.config.model.build(key)))
 
     def _letters(self, params: Any, opt: Any) -> State:
         if not isinstance(self.config.replicas, DiLoCo):

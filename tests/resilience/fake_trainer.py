@@ -1,0 +1,47 @@
+"""A trainer without jax: takes orders, beats, keeps its step in a file as a checkpoint would, and fails as it is told."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from jaxtrain.resilience import pulse
+from jaxtrain.resilience.child import READY, die_with_parent
+
+die_with_parent()
+print(READY, flush=True)
+line = sys.stdin.readline()
+if not line:
+    os._exit(0)
+order = json.loads(line)
+os.environ.update(order["env"])
+folder, steps = Path(order["argv"][1]), int(order["argv"][2])
+mine = pulse.mine()
+mine.about(f"data {os.environ['JAXTRAIN_PROCESS_ID']}")
+mine.beat("restore", 0)
+saved = folder / "saved"
+first = int(saved.read_text()) if saved.exists() else 0
+here = Path(os.environ["JAXTRAIN_PULSE"]).parent
+generation, count = (int(os.environ[f"JAXTRAIN_{name}"]) for name in ("GENERATION", "NUM_PROCESSES"))
+peers = [here / f"{generation}.{index}.pulse" for index in range(count)]
+
+
+def reached(path, step):
+    beat = pulse.read(path)
+    return beat is not None and (beat.step, pulse.PHASES.index(beat.phase)) >= (step, pulse.PHASES.index("metrics"))
+
+
+print(f"generation {generation} from step {first}", flush=True)
+for step in range(first, steps):
+    mine.beat("data", step)
+    mine.beat("compile" if step == first else "step", step)
+    time.sleep(0.02)
+    mine.beat("metrics", step)
+    while not all(reached(path, step) for path in peers):  # as a collective waits
+        time.sleep(0.002)
+    if os.environ["JAXTRAIN_PROCESS_ID"] == "0" and (step + 1) % 5 == 0:
+        fresh = folder / "saving"
+        fresh.write_text(str(step + 1))
+        os.replace(fresh, saved)
+mine.beat("end", steps)

@@ -1,0 +1,163 @@
+"""The lead with small scripts in the place of trainers, always in a process of its own, as a user runs it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxtrain.errors import ConfigError
+from jaxtrain.resilience.faults import Fault, parse
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 60  # far above what any of these takes, below a test run's patience
+LEAD = """
+import sys, threading
+from pathlib import Path
+from jaxtrain.errors import UserError
+from jaxtrain.resilience import faults
+from jaxtrain.resilience.deadlines import Deadlines
+from jaxtrain.resilience.host import Host
+from jaxtrain.resilience.lead import Lead
+
+folder, steps, processes, *given = sys.argv[1:]
+injected = [faults.parse(text) for text in given]
+changed = threading.Event()
+fake = [sys.executable, "tests/resilience/fake_trainer.py"]
+service = [sys.executable, "-c", "from jaxtrain.resilience.child import READY; print(READY, flush=True); input()"]
+host = Host(["train", folder, steps], int(processes), changed, trainer=fake, service=service)
+print("memory", host.folder, flush=True)
+lead = Lead(host, Path(folder), changed, Deadlines(floor=1.0), lambda n: faults.environment(injected, n))
+try:
+    sys.exit(lead.run())
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(1)
+"""
+
+
+def start(folder, *faults, steps=30, processes=2):
+    command = [sys.executable, "-c", LEAD, str(folder), str(steps), str(processes), *faults]
+    pipe = subprocess.PIPE
+    env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PATH": ""}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def run(folder, *faults, **how):
+    """Exit code, output, errors, incidents."""
+    lead = start(folder, *faults, **how)
+    output, errors = lead.communicate(timeout=DEADLINE_S)
+    path = folder / "incidents.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lead.returncode, output, errors, rows
+
+
+def test_a_run_without_failures_has_one_generation_and_no_incident(tmp_path):
+    code, output, _, rows = run(tmp_path)
+    assert (code, rows) == (0, [])
+    lines = output.splitlines()[1:]
+    assert sorted(lines) == ["[p0] generation 1 from step 0", "[p1] generation 1 from step 0"]
+
+
+def test_a_killed_trainer_is_named_and_the_run_goes_on_from_what_was_saved(tmp_path):
+    code, output, errors, (row,) = run(tmp_path, "kill:process=1,step=12")
+    assert code == 0
+    assert "[p1] generation 2 from step 10" in output
+    assert row["culprits"] == [1] and row["what"] == "SIGKILL" and "data 1" in row["line"]
+    assert (row["step"], row["restored_step"], row["replayed_steps"]) == (12, 10, 2)
+    assert row["recovery_seconds"] == pytest.approx(sum(row["seconds"].values()), abs=0.01)
+    assert "[lead] incident 1: process 1" in errors
+
+
+def test_a_stopped_trainer_is_noticed_named_and_killed_with_the_evidence_kept(tmp_path):
+    code, _, errors, (row,) = run(tmp_path, "stop:process=0,step=12")
+    assert code == 0 and row["what"] == "hang" and row["culprits"] == [0]
+    assert "was stopped" in row["line"] and 1.0 <= row["seconds"]["detection"] < 3.0
+    evidence = (tmp_path / "incidents" / "0001" / "p0.txt").read_text()
+    assert "phase step" in evidence and "stopped" in evidence and "thread" in evidence
+
+
+def test_a_trainer_that_hangs_in_python_is_named_though_the_other_runs_on(tmp_path):
+    code, _, _, (row,) = run(tmp_path, "hang:process=1,step=12,phase=data")
+    assert code == 0 and row["culprits"] == [1] and "phase data" in row["line"]
+
+
+def test_failures_one_after_the_other_are_each_recovered(tmp_path):
+    faults = ["kill:process=0,step=7", "exit:process=1,step=12,generation=2", "exception:process=1,step=22,generation=3"]
+    code, output, _, rows = run(tmp_path, *faults)
+    assert code == 0
+    assert [row["culprits"] for row in rows] == [[0], [1], [1]]
+    assert "generation 4 from step 20" in output
+
+
+def test_generations_that_make_no_progress_end_the_run_with_a_report(tmp_path):
+    faults = [f"kill:process=1,step=12,generation={number}" for number in range(1, 9)]
+    code, _, errors, rows = run(tmp_path, *faults)
+    assert code == 1 and len(rows) == 5
+    assert "5 generations in a row made no new step" in errors and "does not get beyond it" in errors
+
+
+def test_what_no_trainer_can_run_is_not_tried_again(tmp_path):
+    code, _, _, rows = run(tmp_path, "exit:process=0,step=3")
+    assert code == 0 and len(rows) == 1  # exit code 1 is tried again
+    (tmp_path / "saved").unlink()
+    lead = subprocess.run(
+        [sys.executable, "-m", "jaxtrain", "launch", "--processes", "2", "nowhere.py"],
+        cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert lead.returncode == 2 and "no config at nowhere.py" in lead.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_nothing_outlives_it(tmp_path, number):
+    lead = start(tmp_path, steps=100_000)
+    memory = Path(lead.stdout.readline().split()[1])
+    for _ in range(2):
+        assert "from step 0" in lead.stdout.readline()
+    lead.send_signal(number)
+    lead.communicate(timeout=DEADLINE_S)
+    assert lead.returncode == 128 + number
+    assert not memory.exists()
+    _assert_gone(tmp_path)
+
+
+def test_nothing_outlives_a_lead_that_is_killed(tmp_path):
+    lead = start(tmp_path, steps=100_000)
+    memory = Path(lead.stdout.readline().split()[1])
+    for _ in range(2):
+        assert "from step 0" in lead.stdout.readline()
+    lead.kill()
+    lead.communicate(timeout=DEADLINE_S)
+    _assert_gone(tmp_path)
+    for path in memory.glob("*"):
+        path.unlink()
+    memory.rmdir()
+
+
+def _assert_gone(folder):
+    """No process is left whose command line names this folder."""
+    end = time.monotonic() + DEADLINE_S
+    while time.monotonic() < end:
+        left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in _read(p)]
+        if not left:
+            return
+        time.sleep(0.05)
+    raise AssertionError(left)
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_fault_is_written_as_its_kind_and_fields():
+    assert parse("kill:process=1,step=30") == Fault(kind="kill", process=1, step=30)
+    assert parse("slow:seconds=0.5,phase=data") == Fault(kind="slow", seconds=0.5, phase="data")
+    for text, words in (("kil", "did you mean 'kill'"), ("kill:stp=3", "did you mean 'step'"), ("kill:step=x", "type int")):
+        with pytest.raises(ConfigError, match=words):
+            parse(text)

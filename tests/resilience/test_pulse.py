@@ -1,0 +1,99 @@
+"""Progress records, learned deadlines and verdicts, without processes."""
+
+import os
+import time
+
+import pytest
+
+from jaxtrain.resilience import pulse, verdict
+from jaxtrain.resilience.deadlines import FACTOR, UNKNOWN, Deadlines
+from jaxtrain.resilience.pulse import PHASES, Beat, Pulse
+from jaxtrain.resilience.verdict import Status
+
+ONE_BEAT_S = 50e-6  # a few microseconds on an idle machine; of a step of 500 ms four beats take 0.04 %
+
+
+def test_what_a_trainer_wrote_last_is_read_by_another_and_stays_when_it_is_gone(tmp_path):
+    path = tmp_path / "p"
+    assert pulse.read(path) is None
+    child = os.fork()
+    if not child:
+        mine = Pulse(path, generation=3)
+        mine.about("data 1 tensor 0-1")
+        mine.beat("compile", 7)
+        mine.beat("step", 8)
+        os._exit(0)
+    os.waitpid(child, 0)
+    beat = pulse.read(path)
+    assert (beat.pid, beat.generation, beat.step, beat.phase, beat.about) == (child, 3, 8, "step", "data 1 tensor 0-1")
+    assert beat.counts["compile"] == beat.counts["start"] == 1 and beat.counts["step"] == 0
+    assert 0 <= beat.age() < 60
+
+
+def test_a_record_that_is_being_written_is_not_read(tmp_path):
+    path = tmp_path / "p"
+    Pulse(path).beat("step", 1)
+    raw = bytearray(path.read_bytes())
+    raw[0] += 1  # the first sequence number is ahead of the last
+    path.write_bytes(raw)
+    assert pulse.read(path) is None
+
+
+def test_a_beat_costs_next_to_nothing(tmp_path):
+    mine = Pulse(tmp_path / "p")
+    rounds = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        for step in range(100):
+            mine.beat("step", step)
+        rounds.append((time.perf_counter() - begin) / 100)
+    assert min(rounds) < ONE_BEAT_S
+
+
+def beat(step=10, phase="step", age=0.0, longest=None, counts=None, about=""):
+    longest = dict.fromkeys(PHASES, 0.0) | (longest or {})
+    counts = dict.fromkeys(PHASES, 100) | (counts or {})
+    return Beat(1, 2, 1, step, phase, time.monotonic() - age, about, counts, longest)
+
+
+def test_a_deadline_is_learned_from_the_longest_so_far_and_never_below_the_floor():
+    deadlines = Deadlines(floor=10)
+    assert deadlines.allowed("step", []) == UNKNOWN["step"]
+    assert deadlines.allowed("step", [beat(longest={"step": 0.1})]) == 10
+    assert deadlines.allowed("step", [beat(longest={"step": 5.0}), beat(longest={"step": 2.0})]) == FACTOR * 5
+    few = beat(longest={"step": 0.1}, counts={"step": 3})
+    assert deadlines.allowed("step", [few]) == UNKNOWN["step"]
+    assert deadlines.allowed("compile", [beat(longest={"compile": 30.0}, counts={"compile": 1})]) == FACTOR * 30
+
+
+def status(index, code=None, ended=None, stopped=False, **how):
+    return Status(index=index, host=f"h{index}", pid=index, code=code, ended=ended, beat=beat(**how), stopped=stopped)
+
+
+def test_a_signal_is_the_cause_though_a_neighbour_failed_before_it_was_seen():
+    found = verdict.of_exits([status(0, 1, 5.00), status(1, -9, 5.01), status(2)])
+    assert found.culprits == (1,) and found.what == "SIGKILL" and "1 more failed" in found.line
+    assert verdict.of_exits([status(0), status(1, 0, 5.0)]) is None
+    assert verdict.of_exits([status(0, 1, 5.0), status(1, 1, 4.0)]).culprits == (1,)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "culprits"),
+    [
+        ([status(0, step=11, age=20), status(1, step=10, age=20)], (1,)),
+        ([status(0, phase="metrics", age=20), status(1, phase="data", age=20)], (1,)),
+        ([status(0, phase="metrics", age=20), status(1, phase="metrics", age=20, stopped=True)], (1,)),
+        ([status(0, phase="metrics", age=20), status(1, phase="metrics", age=21)], (1,)),
+        ([status(0, step=11, phase="data", age=20), status(1, step=10, phase="save", age=20), status(2, step=11, age=20)], (1,)),
+    ],
+)
+def test_who_came_least_far_is_to_blame_for_a_hang(statuses, culprits):
+    known = [beat(longest={phase: 0.1 for phase in PHASES})]
+    found = verdict.of_hang(statuses, Deadlines(floor=10), known)
+    assert found.culprits == culprits and found.what == "hang" and f"h{culprits[0]}" in found.line
+
+
+def test_nobody_is_late_within_the_deadline():
+    known = [beat(longest={phase: 0.1 for phase in PHASES})]
+    assert verdict.of_hang([status(0, age=9), status(1, age=2)], Deadlines(floor=10), known) is None
+    assert verdict.of_hang([status(0, age=500)], Deadlines(floor=10), []) is None  # nothing was learned yet
