@@ -12,6 +12,7 @@ VERBS = {
     "show": ("jaxtrain.show", "print every value of a config and where it comes from"),
     "sample": ("jaxtrain.sample", "write text with a run's newest checkpoint"),
     "data": ("jaxtrain.data.command", "prepare, verify and list training data"),
+    "faults": ("jaxtrain.resilience.soak", "what can go wrong, and campaigns in which it does"),
     "checkpoint": ("jaxtrain.checkpoint.command", "list, show, verify, diff, hash and export checkpoints"),
 }
 

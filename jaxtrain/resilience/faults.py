@@ -20,7 +20,9 @@ KINDS = {
     "sigterm": "SIGTERM, as a cluster manager sends it",
     "exit": "the process ends by itself, with code 1 and no word",
     "hang": "Python code waits for ever",
+    "abort": "native code ends the process, as XLA does when it finds itself in a wrong state",
 }
+ENDING = ("kill", "stop", "exception", "exit", "hang", "abort")  # those that end a generation
 LATER = ("slow",)  # those that act at every step from theirs on
 
 
@@ -53,6 +55,12 @@ def parse(text: str) -> Fault:
             rule = f"{name} is of type {kinds[name].__name__}"
             raise ConfigError(f"{name} cannot be {value!r}.", got=text, rule=rule) from None
     return Fault(kind=kind, **values)
+
+
+def as_flag(fault: Fault) -> str:
+    """The text that `parse` reads."""
+    values = [f"{name}={value}" for name, value in asdict(fault).items() if name != "kind"]
+    return f"{fault.kind}:{','.join(values)}"
 
 
 def environment(faults: list[Fault], generation: int) -> dict[str, str]:
@@ -93,4 +101,5 @@ _ACTS: dict[str, Callable[[Fault], None]] = {
     "sigterm": lambda fault: os.kill(os.getpid(), signal.SIGTERM),
     "exit": lambda fault: os._exit(1),
     "hang": lambda fault: time.sleep(1e9),
+    "abort": lambda fault: os.abort(),
 }

@@ -84,14 +84,16 @@ class Host:
         self._services.remove(row)
         return row[0], row[2]
 
-    def start(self, plan: Plan) -> None:
-        """Turns standbys into the trainers of this generation, ready or not: one that still imports reads its order later."""
+    def start(self, plan: Plan) -> bool:
+        """Turns standbys into the trainers of this generation; whether all were ready. One that still imports reads its
+        order later."""
         assert not self._trainers, "the last generation is not fenced"
         ready = sorted(self._standbys, key=lambda child: not child.ready)
         self._trainers, self._standbys, self._plan = ready[: self.processes], ready[self.processes :], plan
         for local, child in enumerate(self._trainers):
             child.head = f"[p{plan.first + local}] "
             child.tell(json.dumps({"env": self._place(plan, local), "argv": self._argv}))
+        return all(child.ready for child in self._trainers)
 
     def statuses(self) -> list[Status]:
         """Of this generation's trainers, by index."""

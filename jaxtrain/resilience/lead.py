@@ -47,6 +47,7 @@ class Incident:
     noticed: float
     times: dict[str, float] = field(default_factory=dict)  # when each part of the recovery was done
     restored: int | None = None
+    tier: str = ""  # of the recovery
 
     def row(self) -> dict[str, Any]:
         """JSON: seconds of each part, from what ended the one before it."""
@@ -58,6 +59,7 @@ class Incident:
             "incident": self.number,
             "step": self.step,
             **verdict.as_json(self.verdict),
+            "tier": self.tier,
             "restored_step": self.restored,
             "replayed_steps": None if self.restored is None else self.step - self.restored,
             "recovery_seconds": round(last - self.began, 3),
@@ -110,9 +112,10 @@ class Lead:
         port, service = self._host.service(count)
         self._generation += 1
         env = self._env(self._generation)
-        self._host.start(
-            Plan(generation=self._generation, service=f"localhost:{port}", first=0, count=count, env=env)
-        )
+        plan = Plan(generation=self._generation, service=f"localhost:{port}", first=0, count=count, env=env)
+        ready = self._host.start(plan)
+        if self._incident:
+            self._incident.tier = "standbys" if ready else "new processes"
         return service
 
     def _watch(self) -> int | Verdict:

@@ -1,6 +1,7 @@
 """The coordination service of jax.distributed outside the trainers, so that no trainer is needed for the others to live.
 
-It touches jaxlib's private service (checked with jax 0.10.2 and 0.12.0). `serve` runs in a process of its own: when it ends, every trainer that still holds a client of it dies.
+It touches jaxlib's private service (checked with jax 0.10.2 and 0.12.0). `serve` runs in a process of its own:
+when it ends, every trainer that still holds a client of it dies.
 """
 
 from __future__ import annotations
