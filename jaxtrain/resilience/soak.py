@@ -31,8 +31,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """jaxtrain faults [soak CONFIG [--count N] [--seed N] [--processes N] [--kinds KIND ...] [--json FILE] [overrides]]"""
-    if not argv:
-        print("\n".join(f"{kind:<12}{what}" for kind, what in KINDS.items()))
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {main.__doc__}\n\n" + "\n".join(f"  {kind:<12}{what}" for kind, what in KINDS.items()))
         return 0
     if argv[0] != "soak":
         raise ConfigError(f"jaxtrain faults has no {argv[0]!r}.", fix=closest(argv[0], ["soak"]))
