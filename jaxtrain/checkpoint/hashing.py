@@ -142,6 +142,7 @@ def _local_sums(starts: jax.Array, *shards: jax.Array) -> jax.Array:
     return jnp.stack(sums)[None]
 
 
+@jax.jit  # traced once for all arrays of one shape: a parameter and its two moments
 def shard_sums(shard: jax.Array, start: jax.Array) -> jax.Array:
     """One shard, which begins at index `start` of its array -> uint32[lane]."""
     words = _words(shard)
