@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import RunError
-from jaxtrain.resilience import evidence, verdict
+from jaxtrain.resilience import evidence, verdict, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
@@ -83,7 +83,8 @@ class Lead:
         self._seen: list[Beat] = []  # of older generations, to learn from
         self._incident: Incident | None = None
         self._signals: list[int] = []
-        self._noticed = 0.0
+        self._noticed, self._looked = 0.0, 0.0
+        self._pace, self._said = vitals.Pace(), set[str]()
 
     def run(self) -> int:
         """Until the run has ended, was stopped, or failed too often without progress."""
@@ -112,6 +113,7 @@ class Lead:
         port, service = self._host.service(count)
         self._generation += 1
         env = self._env(self._generation)
+        self._pace.restart()
         plan = Plan(generation=self._generation, service=f"localhost:{port}", first=0, count=count, env=env)
         ready = self._host.start(plan)
         if self._incident:
@@ -133,6 +135,7 @@ class Lead:
                 return self._exits()
             beats = [s.beat for s in statuses if s.beat and s.beat.generation == self._generation]
             self._progress(beats)
+            self._look(beats)
             if not prepared and beats and min(beat.counts["step"] for beat in beats) >= 2:
                 self._host.prepare(self._host.processes)
                 prepared = True
@@ -162,6 +165,22 @@ class Lead:
                 self._close_incident()
         if step > self._reached:
             self._reached, self._failures = step, 0
+
+    def _look(self, beats: list[Beat]) -> None:
+        """At the machine and at the pace, every few seconds; says each complaint once."""
+        now = time.monotonic()
+        if now < self._looked + vitals.EVERY_S:
+            return
+        self._looked = now
+        if len(beats) < self._host.processes or any(beat.phase in vitals.APART for beat in beats):
+            self._pace.restart()
+            slow = ""
+        else:
+            slow = self._pace.at(now, min(beat.step for beat in beats))
+        for line in filter(None, [*vitals.complaints(self._run_dir), slow]):
+            if line not in self._said:
+                self._said.add(line)
+                _say(line)
 
     def _exits(self) -> int | Verdict:
         """After an exit code that is not 0: the run's own, where it was told to stop or cannot be run, or the verdict."""

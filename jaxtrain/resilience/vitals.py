@@ -1,0 +1,103 @@
+"""What a host's machine says before it fails: disk, memory, GPUs; and a run that slows down. It complains, and ends nothing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import statistics
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+EVERY_S = 5.0
+FREE_DISK = 0.02  # of the run folder's disk
+FREE_MEMORY = 0.05  # of the host's: below that the kernel soon kills
+APART = ("start", "restore", "compile", "evaluate", "save", "end")  # phases that are no steps
+WINDOW_S = 30.0  # over which a pace is taken
+SLOWER = 1.5  # than the median of the windows so far
+WINDOWS = 64
+
+
+def complaints(run_dir: Path, memory: str = "/proc/meminfo", gpus: ModuleType | None = None) -> Iterator[str]:
+    """In words, what is close to its limit or reports an error now. `gpus`: NVML; by default pynvml, where it is installed."""
+    yield from _disk(run_dir)
+    yield from _memory(Path(memory))
+    yield from _gpus(gpus)
+
+
+class Pace:
+    """Seconds per step, window by window; says so when they grow."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+        self._windows: deque[float] = deque(maxlen=WINDOWS)
+
+    def restart(self) -> None:
+        """What comes now is no window: a new generation, an evaluation, a save."""
+        self._start = None
+
+    def at(self, now: float, step: int) -> str:
+        """Takes note that `step` updates are done; a complaint, or nothing."""
+        if self._start is None:
+            self._start = now, step
+        begin, first = self._start
+        if now - begin < WINDOW_S or step == first:
+            return ""
+        seconds, usual = (now - begin) / (step - first), self._usual()
+        self._start = now, step
+        self._windows.append(seconds)
+        if usual is None or seconds <= SLOWER * usual:
+            return ""
+        return f"steps take {seconds:.3g} s, {seconds / usual:.1f} times as long as usual ({usual:.3g} s)"
+
+    def _usual(self) -> float | None:
+        return statistics.median(self._windows) if len(self._windows) >= 3 else None
+
+
+def _disk(run_dir: Path) -> Iterator[str]:
+    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        yield f"the disk of {run_dir} does not answer: {error.strerror}"
+        return
+    if usage.free < FREE_DISK * usage.total:
+        yield f"the disk of {run_dir} has {usage.free / 1e9:.1f} GB left of {usage.total / 1e9:.0f} GB"
+
+
+def _memory(path: Path) -> Iterator[str]:
+    if not path.exists():
+        return
+    rows = dict(line.split(":") for line in path.read_text().splitlines() if ":" in line)
+    free, total = (int(rows[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    if free < FREE_MEMORY * total:
+        yield f"{os.uname().nodename} has {free / 1e6:.1f} GB of memory left of {total / 1e6:.0f} GB"
+
+
+def _gpus(nvml: ModuleType | None) -> Iterator[str]:
+    """Uncorrected memory errors since the driver was loaded, and rows that could not be replaced."""
+    if nvml is None:
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return
+    try:
+        nvml.nvmlInit()
+        for index in range(nvml.nvmlDeviceGetCount()):
+            yield from _gpu(nvml, index)
+    except nvml.NVMLError:
+        return  # no driver, no card
+
+
+def _gpu(nvml: ModuleType, index: int) -> Iterator[str]:
+    device = nvml.nvmlDeviceGetHandleByIndex(index)
+    try:
+        kind, since = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        if errors := nvml.nvmlDeviceGetTotalEccErrors(device, kind, since):
+            yield f"GPU {index} has {errors} uncorrected memory errors"
+        if nvml.nvmlDeviceGetRemappedRows(device)[3]:
+            yield f"GPU {index} could not replace a bad row of its memory"
+    except nvml.NVMLError:
+        return  # a card without error correction

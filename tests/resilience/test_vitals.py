@@ -1,0 +1,57 @@
+"""Complaints about disk, memory, GPUs and pace, against machines that are made up."""
+
+import shutil
+from types import SimpleNamespace
+
+from jaxtrain.resilience import vitals
+
+
+def test_a_machine_that_is_well_has_no_complaint_about_memory_or_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=100e9, free=50e9))
+    (tmp_path / "meminfo").write_text("MemTotal: 1000000 kB\nMemAvailable: 500000 kB\n")
+    assert list(vitals.complaints(tmp_path / "runs" / "x", str(tmp_path / "meminfo"))) == []
+
+
+def test_little_memory_and_little_disk_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=100e9, free=1e9))
+    (tmp_path / "meminfo").write_text("MemTotal: 1000000 kB\nMemAvailable: 40000 kB\n")
+    disk, memory = vitals.complaints(tmp_path, str(tmp_path / "meminfo"))
+    assert "1.0 GB left of 100 GB" in disk and "of memory left" in memory
+
+
+class Nvml(SimpleNamespace):
+    """A driver with two cards, the second of which has errors."""
+
+    class NVMLError(Exception):
+        pass
+
+    NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = 0
+    nvmlInit = staticmethod(lambda: None)
+    nvmlDeviceGetCount = staticmethod(lambda: 2)
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)
+    nvmlDeviceGetTotalEccErrors = staticmethod(lambda device, kind, since: 3 * device)
+    nvmlDeviceGetRemappedRows = staticmethod(lambda device: (0, 0, 0, device))
+
+
+def test_a_card_with_errors_is_named(tmp_path):
+    said = list(vitals._gpus(Nvml()))
+    assert said == ["GPU 1 has 3 uncorrected memory errors", "GPU 1 could not replace a bad row of its memory"]
+
+
+def test_a_run_that_slows_down_is_said_once_a_window_and_a_steady_one_never():
+    pace, said, now = vitals.Pace(), [], 0.0
+    for step in range(400):
+        now += 0.5 if step < 300 else 1.0
+        said.append(pace.at(now, step))
+    slow = [line for line in said if line]
+    assert not any(said[:300]) and 1 <= len(slow) <= 3 and "2.0 times as long" in slow[0]
+
+
+def test_what_lies_between_two_windows_does_not_count():
+    pace, now = vitals.Pace(), 0.0
+    for step in range(300):
+        now += 0.5
+        if step % 100 == 50:
+            pace.restart()
+            now += 100.0
+        assert pace.at(now, step) == ""
