@@ -13,12 +13,13 @@ VERBS = {
     "sample": ("jaxtrain.sample", "write text with a run's newest checkpoint"),
     "data": ("jaxtrain.data.command", "prepare, verify and list training data"),
     "faults": ("jaxtrain.resilience.soak", "what can go wrong, and campaigns in which it does"),
+    "replay": ("jaxtrain.resilience.replay", "compute steps of a run again and compare bit by bit"),
     "checkpoint": ("jaxtrain.checkpoint.command", "list, show, verify, diff, hash and export checkpoints"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line; returns the exit code. 2: the user's input; 1: what the machine did."""
+    """Runs one command line; returns the exit code. 2: the user's input; 1: what the machine did; 76: corrupted memory."""
     from jaxtrain.errors import ConfigError, LayoutError, UserError, closest
 
     argv = sys.argv[1:] if argv is None else argv
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{runtime.place() if runtime else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if runtime:
             runtime.last_words()
-        return 2 if type(error) in (ConfigError, LayoutError, UserError) else 1
+        return getattr(error, "exit_code", 2 if type(error) in (ConfigError, LayoutError, UserError) else 1)
     except KeyboardInterrupt:
         return 130
 

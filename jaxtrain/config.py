@@ -18,6 +18,7 @@ from jaxtrain.errors import ConfigError, UserError
 from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
 from jaxtrain.resilience.deadlines import Deadlines
+from jaxtrain.resilience.health import Health
 from jaxtrain.train.optim import AdamW, Optim
 from jaxtrain.train.precision import Precision
 from jaxtrain.train.replicas import Replicas, Together
@@ -57,6 +58,7 @@ class RunConfig(Generic[M]):
     replicas: Replicas = Together()  # how they stay one model
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: Deadlines = field(default_factory=Deadlines)  # under `jaxtrain launch`: when a trainer counts as hung
+    health: Health = Health()  # what follows when numbers go wrong
     log_every: int = 10
     sinks: tuple[Sink, ...] = (Console(), Jsonl(), TensorBoard())
     endings: tuple[Ending, ...] = ()  # what is printed after the last step
@@ -74,7 +76,8 @@ class RunConfig(Generic[M]):
 
 # Fields that a run folder may be continued with although they differ: they move work, they do not change the numbers'
 # definition. A mesh of another size changes the last bit of a sum; the difference is printed all the same.
-FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "watch", "log_every", "sinks", "endings", "xla", "runs_dir", "eval")
+FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "watch", "health", "log_every", "sinks", "endings", "xla")
+FREE_TO_CHANGE += ("runs_dir", "eval")
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), flags: Iterable[str] = ()) -> RunConfig:

@@ -2,7 +2,8 @@
 
 from meshes.errors import LayoutError, UserError, closest
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "LayoutError", "NumericsError", "RunError", "UserError", "closest"]
+__all__ = ["CheckpointError", "ConfigError", "CorruptionError", "DataError", "LayoutError", "NumericsError", "RunError"]
+__all__ += ["UserError", "closest"]
 
 
 class ConfigError(UserError):
@@ -23,3 +24,9 @@ class RunError(UserError):
 
 class NumericsError(UserError):
     """A loss or gradient that is not finite."""
+
+
+class CorruptionError(UserError):
+    """A device that computed or kept other bits than it should have. It ends a command with a code of its own."""
+
+    exit_code = 76  # so that a supervisor may put the host aside

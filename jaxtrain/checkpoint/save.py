@@ -111,14 +111,14 @@ class Checkpoints:
         """The newest step that has a checkpoint not known to be damaged."""
         return max(set(self.steps()) - self._damaged, default=None)
 
-    def latest(self, abstract_state: Any) -> tuple[Any, Manifest] | None:
+    def latest(self, abstract_state: Any, up_to: int | None = None) -> tuple[Any, Manifest] | None:
         """The newest whole checkpoint as a tree like `abstract_state` (shapes, dtypes, shardings), verified; None if there is none.
 
-        Says on stderr which ones it skipped and why. Raises CheckpointError where all are damaged, or where the
-        newest is of another tree, shape or dtype.
+        `up_to`: the last step that counts, as the lead has it. Says on stderr which ones it skipped and why. Raises
+        CheckpointError where all are damaged, or where the newest is of another tree, shape or dtype.
         """
         self.wait()
-        steps = peers.agree(peers.new_round(), lambda: None, lambda _: self.steps(), self._deadline())
+        steps = peers.agree(peers.new_round(), lambda: None, lambda _: self._steps(up_to), self._deadline())
         for step in reversed(steps):
             try:
                 return load.restore_whole(self.directory / str(step), abstract_state, self._deadline())
@@ -134,6 +134,22 @@ class Checkpoints:
                 fix="restore the folder from a copy, or give it another name to start over",
             )
         return None
+
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: what they hold was trained on what the run has put aside, or is corrupt."""
+        self.wait()
+
+        def remove(_: Any) -> None:
+            for later in set(self.steps()) - set(self._steps(step)):
+                files.delete(self.directory / str(later))
+
+        try:
+            peers.agree(peers.new_round(), lambda: None, remove, self._deadline())
+        except OSError as error:
+            raise _unwritable(f"checkpoints after step {step} were not removed.", error, self.directory) from error
+
+    def _steps(self, up_to: int | None) -> list[int]:
+        return [step for step in self.steps() if up_to is None or step <= up_to]
 
     def _deadline(self) -> Deadline:
         return Deadline(self.config.deadline_seconds)

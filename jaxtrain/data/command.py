@@ -85,7 +85,8 @@ def verify(config: Any, options: Options) -> None:
 
 
 def order(config: Any, options: OrderOptions) -> None:
-    """Print the examples of a step by row: the document and the token within it that each begins at."""
+    """Print the examples of a step by row: document and token that each begins at, and what it stands in for."""
+    from jaxtrain.data import quarantine
     from jaxtrain.data.dataset import open_dataset
 
     data = open_dataset(
@@ -98,8 +99,9 @@ def order(config: Any, options: OrderOptions) -> None:
     )
     if options.step < 0:
         raise ConfigError(f"--step {options.step} is negative.", rule="steps count from 0")
-    for row, name in enumerate(data.ids(options.step)):
-        print(row, name)
+    now = data.without(quarantine.read(config.run_dir))
+    for row, (name, first) in enumerate(zip(now.ids(options.step), data.ids(options.step), strict=True)):
+        print(row, name if name == first else f"{name} in place of {first}")
 
 
 def train_tokenizer(config: Any, options: TrainOptions) -> None:

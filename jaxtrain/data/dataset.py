@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.data import reading
-from jaxtrain.data.order import Sequential, Shuffled
+from jaxtrain.data.order import Sequential, Shuffled, Without
 from jaxtrain.data.packing import pack
 from jaxtrain.data.prepare import prepared
+from jaxtrain.data.quarantine import Put, Record
 from jaxtrain.data.reading import Document
 from jaxtrain.data.shards import Shards
 from jaxtrain.data.source import Megatron, Mixture, Plain, Source, Synthetic, parts
@@ -106,8 +108,23 @@ class Dataset:
         # The last, shorter example is dropped in training and padded in evaluation.
         sizes = [(s.num_tokens - 1 + (0 if shuffle else seq_len - 1)) // seq_len for s in streams]
         weights = source.weights if isinstance(source, Mixture) else (1.0,)
-        self._order = Shuffled(sizes, weights, seed) if shuffle else Sequential(sizes)
+        self._order = self._whole_order = Shuffled(sizes, weights, seed) if shuffle else Sequential(sizes)
         self._sizes = sizes
+
+    def without(self, record: Record) -> Dataset:
+        """The same batches, but for the examples that the events of this record put aside: others stand in for them.
+
+        Events of other data (by `fingerprint`) do not count. Called on what it returned, the new record replaces the old.
+        """
+        assert self._shuffle, "only what is trained on is put aside"
+        aside: dict[tuple[int, int], int] = {}
+        for event in (event for event in record if event.data == self.fingerprint):
+            for put in event.examples:
+                key = put.source, put.example
+                aside[key] = min(event.position, aside.get(key, event.position))
+        other = copy.copy(self)
+        other._order = Without(self._whole_order, self._sizes, self.batch, aside) if aside else self._whole_order
+        return other
 
     @property
     def num_examples(self) -> int:
@@ -166,6 +183,12 @@ class Dataset:
         """The examples of a step by row: the document that each begins in and the token within it, "a/b.txt+512"."""
         return self._names(step, np.arange(self.batch))
 
+    def examples(self, step: int) -> list[Put]:
+        """The examples of a step by row, as they are put aside. Batches count from 0, a run's steps from 1."""
+        located = self._order.locate(step * self.batch + np.arange(self.batch))
+        rows = zip(self.ids(step), *(x.tolist() for x in located), strict=True)
+        return [Put(step=step + 1, row=row, id=name, source=p, example=e) for row, (name, p, e) in enumerate(rows)]
+
     def _names(self, step: int, rows: np.ndarray) -> list[str]:
         located = self._order.locate(step * self.batch + rows.astype(np.int64))
         return [self._name(int(p), int(e)) for p, e in zip(*located, strict=True)]
@@ -181,17 +204,22 @@ class Dataset:
     def position(self, step: int) -> dict:
         """Where training stands before `step`, for a checkpoint's manifest: examples seen and epochs of each source.
 
-        `fingerprint` is equal for equal data, tokenizer and length, so that a resume on other data can be noticed.
+        With the `fingerprint` a resume on other data can be noticed.
         """
         seen = self._order.seen(step * self.batch)
-        content = repr(([s.key for s in self._streams], self.seq_len, self._shuffle))
         return {
             "step": step,
             "examples": step * self.batch,
             "seen": seen,
             "epochs": [count / size for count, size in zip(seen, self._sizes, strict=True)],
-            "fingerprint": hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
+            "fingerprint": self.fingerprint,
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal data, tokenizer and length."""
+        content = repr(([s.key for s in self._streams], self.seq_len, self._shuffle))
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def documents(self) -> Iterator[bytes]:
         """The raw bytes of the split's documents, in order, as the files hold them. Raises DataError without text."""

@@ -1,17 +1,19 @@
-"""Which example is at (seed, step, row): keyed permutations and mixtures as pure functions. It reads nothing."""
+"""Which example is at (seed, step, row): keyed permutations, mixtures and stand-ins as pure functions. It reads nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, DataError
 
 # 4 are enough for large n (Luby and Rackoff 1988), 6 leave the 5,040 orders of 7 examples visibly unequal.
 ROUNDS = 12
 BLOCK = 4096  # examples over which a mixture's proportions are exact to one example
+RESERVE = 1 << 50  # the position from which stand-ins come: no run gets there; a multiple of BLOCK
+_SOURCE = 1 << 44  # in one number, the source before the example: more than a source has examples
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -92,6 +94,65 @@ class Sequential:
     def seen(self, index: int) -> list[int]:
         """Examples of each source before position `index`."""
         return np.diff(np.minimum(np.r_[0, self._ends], index)).tolist()
+
+
+class Without:
+    """An order in which examples that were put aside give way to others.
+
+    `aside`: {(source, example): the position from which on it is put aside}. At position q the example of position
+    q + RESERVE stands in for it, which is of the same source, so a mixture keeps its proportions. Where that one is put
+    aside too, or is another example of the same step, the next of its source that is not (where there is none, one that
+    is not put aside). Positions are grouped into steps of `batch`.
+    """
+
+    def __init__(self, order: Shuffled, sizes: Sequence[int], batch: int, aside: Mapping[tuple[int, int], int]):
+        self._order, self._sizes, self._batch, self._aside = order, sizes, batch, aside
+        self._numbers = np.array([p * _SOURCE + e for p, e in aside], np.int64)
+        self.seen = order.seen
+
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 positions in the order of all time -> (source, example within it)."""
+        part, example = self._order.locate(index)
+        gone = self._gone(index, part, example)
+        for step in np.unique(index[gone] // self._batch):
+            stand_ins = self._stand_ins(int(step))
+            for i in gone[index[gone] // self._batch == step]:
+                example[i] = stand_ins[int(index[i])]
+        return part, example
+
+    def _gone(self, index: np.ndarray, part: np.ndarray, example: np.ndarray) -> np.ndarray:
+        """Where among these positions an example is put aside."""
+        found = np.flatnonzero(np.isin(part * _SOURCE + example, self._numbers))
+        late = [self._is_aside(int(part[i]), int(example[i]), int(index[i])) for i in found]
+        return found[np.array(late, bool)]
+
+    def _is_aside(self, part: int, example: int, position: int) -> bool:
+        return self._aside.get((part, example), position + 1) <= position
+
+    def _stand_ins(self, step: int) -> dict[int, int]:
+        """For each position of a step whose example is put aside, the example of its source that stands in."""
+        index = np.arange(step * self._batch, (step + 1) * self._batch)
+        part, example = self._order.locate(index)
+        gone = self._gone(index, part, example)
+        kept = np.delete(np.stack([part, example]), gone, axis=1)
+        taken, found = set(zip(*kept.tolist(), strict=True)), {}
+        for q, p, e in zip(index[gone].tolist(), *(x.tolist() for x in self._order.locate(index[gone] + RESERVE))):
+            found[q] = self._free(p, e, q, taken)
+            taken.add((p, found[q]))
+        return found
+
+    def _free(self, part: int, example: int, position: int, taken: set[tuple[int, int]]) -> int:
+        size = self._sizes[part]
+        for unwanted in (taken, ()):
+            for e in ((example + i) % size for i in range(size)):
+                if (part, e) not in unwanted and not self._is_aside(part, e, position):
+                    return e
+        raise DataError(
+            f"every example of source {part} has been put aside.",
+            got=f"{size} examples",
+            rule="examples remain to stand in for those that were put aside",
+            fix="more data; or look for the fault elsewhere and remove quarantine.jsonl from the run folder",
+        )
 
 
 def _apportion(weights: Sequence[float]) -> np.ndarray:

@@ -4,31 +4,53 @@ The contract, for every update n:
   1. take batch n, which the loader's thread has made
   2. dispatch update n; the call returns at once
   3. read the metrics of update n - 1: the host waits for that one only, while the device works on n
-  4. a value that is not finite or a save that failed ends the run; a stop that any process asked for ends it after n
+  4. copies that differ and numbers gone wrong end the loop, where the run's policy does not go on; a save that failed
+     ends the run; a stop that any process asked for ends the loop after n
   5. where an evaluation, a save or the end follows update n, read its metrics too, so that the row stands before the
-     evaluation's row and a bad state is never saved
+     evaluation's row and a bad state is never saved; a comparison of copies comes before that
   6. evaluate, then save, so that a checkpoint of step n implies that all rows up to n are on disk
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtrain.config import RunConfig
 from jaxtrain.errors import NumericsError
 from jaxtrain.observe.recorder import Recorder, StepClock
+from jaxtrain.resilience.health import Halted, Judge, Rewind, Skipped
 from jaxtrain.train.signals import StopFlag
 from jaxtrain.train.state import State
 
 
+class Rewound(Exception):
+    """The loop ends in a state that is not to be used: training goes on from before it, as the verdict says."""
+
+    def __init__(self, verdict: Rewind):
+        super().__init__(verdict.why)
+        self.verdict = verdict
+
+
+class Unequal(Exception):
+    """The loop ends at `step`, where copies of an array differ between devices."""
+
+    def __init__(self, step: int):
+        super().__init__(f"copies differ at step {step}")
+        self.step = step
+
+
 @dataclass
 class Loop:
-    """What the loop drives. `evaluate` and `save` act on a state whose metrics were read and are finite."""
+    """What the loop drives. `evaluate` and `save` act on a state whose metrics were read and that was judged good.
+
+    `compare` gives a replicated number, nonzero where copies of the state differ between devices; `agreed` is told of
+    each step at which none did.
+    """
 
     config: RunConfig
     step: Callable[[State, Any, Any], tuple[State, dict[str, Any]]]
@@ -40,9 +62,16 @@ class Loop:
     check_save: Callable[[], None]  # raises what went wrong with a save in the background
     last_good: Callable[[], str]  # the newest checkpoint, in words
     beat: Callable[[str, int], None]  # tells the supervisor what the loop does now, and how many updates are done
+    judge: Judge
+    compare: Callable[[State], Any]
+    agreed: Callable[[int], None]
+    say: Callable[[str], None]
 
     def run(self, state: State, batches: Iterable[tuple[int, Any]], first_step: int) -> tuple[State, int]:
-        """Trains from `first_step` completed updates to the end or a stop. -> (state, the signal that stopped it or 0)."""
+        """Trains from `first_step` completed updates to the end or a stop. -> (state, the signal that stopped it or 0).
+
+        Raises Rewound, Unequal and NumericsError, each on all processes at the same step.
+        """
         self._first, self._stopped, pending = first_step, 0, None
         self.beat("data", first_step)
         for index, batch in batches:
@@ -52,6 +81,8 @@ class Loop:
                 self.beat("metrics", index)
                 self._read(*pending)
             done, pending = index + 1, (index + 1, metrics)
+            if self._compares(done):
+                metrics["copies"] = self.compare(state)
             if self._due(done):
                 self.beat("metrics", done)
                 self._read(*pending)
@@ -63,42 +94,62 @@ class Loop:
         return state, self._stopped
 
     def _due(self, done: int) -> bool:
-        last = done == self.config.steps or bool(self._stopped)
-        return last or self._evaluates(done) or self._saves(done)
+        return self._keeps(done) or self._evaluates(done)
 
     def _evaluates(self, done: int) -> bool:
         evaluation = self.config.eval
         return evaluation is not None and (done == self.config.steps or _every(evaluation.every, done))
 
-    def _saves(self, done: int) -> bool:
-        return _every(self.config.checkpoint.every, done)
+    def _keeps(self, done: int) -> bool:
+        last = done == self.config.steps or bool(self._stopped)
+        return last or _every(self.config.checkpoint.every, done)
+
+    def _compares(self, done: int) -> bool:
+        """Before whatever follows an update too: then a checkpoint is of a step at which all copies agreed."""
+        every = self.config.health.hash_every
+        return every > 0 and (_every(every, done) or self._due(done))
 
     def _after(self, done: int, state: State) -> None:
         if self._evaluates(done):
             self.beat("evaluate", done)
             self.evaluate(done, state)
-        if self._saves(done) or done == self.config.steps or self._stopped:
+        if self._keeps(done):
             self.beat("save", done)
             self.recorder.flush()
             self.save(done, state)
         self.clock.restart(done)
 
     def _read(self, done: int, metrics: dict[str, Any]) -> None:
-        """Waits for update `done`, checks it, writes its row if one is due."""
+        """Waits for update `done`, judges it, writes its row if one is due."""
         metrics = jax.device_get(metrics)
         self._stopped = max(self._stopped, int(metrics.pop("stop")))
-        for name in ("train/loss", "train/grad_norm"):
-            if not math.isfinite(metrics[name]):
-                raise NumericsError(
-                    f"{name} is {metrics[name]} at step {done}.",
-                    rule="loss and gradient norm are finite",
-                    fix=f"the state of this step is not saved; {self.last_good()}",
-                )
-        if done % self.config.log_every == 0 or done == self.config.steps:
+        if "copies" in metrics:
+            if metrics.pop("copies"):
+                raise Unequal(done)
+            self.agreed(done)
+        skipped = self._judged(done, metrics)
+        if skipped:
+            metrics = {name: value for name, value in metrics.items() if np.isfinite(value).all()}
+        if skipped or done % self.config.log_every == 0 or done == self.config.steps:
             self.recorder.write(done, metrics | self.clock.tick(done))
             self.check_save()
         elif done == self._first + 1:
             self.clock.restart(done)  # the first update held the compilation
+
+    def _judged(self, done: int, metrics: dict[str, Any]) -> bool:
+        """Whether the update was skipped. Raises where the loop is not to go on."""
+        verdict = self.judge.verdict(done, metrics)
+        if isinstance(verdict, Halted):
+            raise NumericsError(
+                f"{verdict.why}.",
+                rule="loss and gradient norm are finite",
+                fix=f"the state of this step is not saved; {self.last_good()}",
+            )
+        if isinstance(verdict, Rewind):
+            raise Rewound(verdict)
+        if skipped := isinstance(verdict, Skipped):
+            self.say(f"{verdict.why}: its update is skipped")
+        return skipped
 
 
 def _every(period: int, done: int) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from signal import Signals
 from typing import Any
 
@@ -16,9 +18,10 @@ from jax.sharding import Mesh
 import meshes
 from jaxtrain import runtime
 from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.cluster import few
 from jaxtrain.config import RunConfig, encode, flatten
-from jaxtrain.data import Loader
-from jaxtrain.errors import RunError
+from jaxtrain.data import Dataset, Loader, quarantine
+from jaxtrain.errors import CheckpointError, CorruptionError, RunError
 from jaxtrain.layout import check_layout, runs_pipeline
 from jaxtrain.observe.folder import RunFolder
 from jaxtrain.observe.log import process_log
@@ -26,8 +29,13 @@ from jaxtrain.observe.plot import plot_loss
 from jaxtrain.observe.recorder import Recorder, StepClock
 from jaxtrain.observe.throughput import peak_flops
 from jaxtrain.resilience import pulse as pulses
+from jaxtrain.resilience.corruption import Copies
+from jaxtrain.resilience.health import Judge, Rewind
+from jaxtrain.resilience.replay import recompute
+from jaxtrain.resilience.rollback import Start, roll_back
+from jaxtrain.resilience.verified import Verified
 from jaxtrain.train.evaluate import Evaluator, open_data
-from jaxtrain.train.loop import Loop
+from jaxtrain.train.loop import Loop, Rewound, Unequal
 from jaxtrain.train.pipeline import describe
 from jaxtrain.train.signals import StopFlag
 from jaxtrain.train.state import Blueprint, State
@@ -62,63 +70,217 @@ def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool =
         return _run(config, mesh, process, stack, accept_changes, pulse)
 
 
+@dataclass
+class _Opened:
+    """What a run opens once, however often it goes back."""
+
+    process: runtime.Process
+    pulse: pulses.Pulse
+    blueprint: Blueprint
+    whole_data: Dataset  # with nothing put aside
+    evaluator: Evaluator | None
+    checkpoints: Checkpoints
+    verified: Verified
+    copies: Copies | None
+    record: quarantine.Record
+
+    @cached_property
+    def step(self) -> Callable[..., Any]:
+        """Compiled on a thread from the first time that this is asked for."""
+        return compiled_ahead(self.blueprint)
+
+    @property
+    def data(self) -> Dataset:
+        return self.whole_data.without(self.record)
+
+    def restored(self, up_to: int | None) -> Start | None:
+        """The newest checkpoint, of step `up_to` or before; None where there is none and none was due by then."""
+        found = self.checkpoints.latest(self.blueprint.abstract, up_to)
+        if found is None and up_to is not None and up_to >= self.blueprint.config.checkpoint.every:
+            raise CheckpointError(
+                f"no state of step {up_to} or before is left to go back to.",
+                got=f"checkpoints of steps {few(self.checkpoints.steps()) or 'none'}",
+                rule="a run does not start over by itself",
+                fix="a larger checkpoint.keep_last from the start; without checkpoints in the folder the run starts over",
+            )
+        return Start(found[0], found[1].step, found[1].data) if found else None
+
+    def newest(self, up_to: int) -> Start:
+        """The newest good state of step `up_to` or before."""
+        return self.restored(up_to) or self.fresh()
+
+    def fresh(self) -> Start:
+        return Start(self.blueprint.init(), 0)
+
+    def computed(self, step: int, metrics: Any) -> None:
+        """A step was computed again: the supervisor sees that."""
+        jax.block_until_ready(metrics)
+        self.pulse.beat("step", step)
+
+
 def _run(
     config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitStack, accept_changes: bool, pulse: pulses.Pulse
 ) -> int:
     pulse.beat("restore", 0)
     if runs_pipeline(config, mesh.shape):
         runtime.compile_anew_on_cpu()
-    blueprint = Blueprint(config, mesh)
-    data = open_data(config, config.data, process.lead)
-    evaluator = Evaluator(blueprint, process.lead) if config.eval else None
-    checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
-    stack.callback(checkpoints.close)
-    restored = checkpoints.latest(blueprint.abstract)
-    if restored and not accept_changes:
-        _check_data(config, restored[1].data, data.position(restored[1].step))
-    first_step = restored[1].step if restored else 0
-    step = compiled_ahead(blueprint) if first_step < config.steps else None
-    state = restored[0] if restored else blueprint.init()
+    opened = _open(config, mesh, process, stack, pulse)
+    limit = opened.verified.limit()
+    start = opened.restored(limit)
+    if start and not accept_changes:
+        _check_data(config, start.data, opened.data.position(start.step))
+    if limit is not None:
+        opened.checkpoints.forget_after(limit)
+    first_step = start.step if start else 0
+    if first_step < config.steps:
+        opened.step  # begins to compile
+    start = start or opened.fresh()
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
-    if runs_pipeline(config, mesh.shape):
-        _say(process, describe(config, mesh.shape))
-    if first_step >= config.steps:
-        _say(process, f"nothing to train: the run stands at step {first_step} of {config.steps}")
-    recorder = Recorder(config.sinks if process.lead else (), config.run_dir, first_step, config.steps)
-    stack.callback(recorder.close)
+    for line in _notes(config, mesh, opened, first_step):
+        _say(process, line)
     stop = StopFlag(mesh)
     stack.callback(stop.close)
-    loader = Loader(data, mesh, config.rules, first_step, config.steps)
-    stack.callback(loader.close)
-
-    def evaluate(step: int, state: State) -> None:
-        recorder.write(step, evaluator(state.params))
-
-    def save(step: int, state: State) -> None:
-        position = data.position(step)
-        checkpoints.save(step, state, config=encode(config), data=position, letters=blueprint.letters)
-
-    def last_good() -> str:
-        checkpoints.wait()
-        step = checkpoints.newest()
-        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
-
-    flops = config.model.flops_per_token(config.seq_len) * config.tokens_per_step
-    peak = peak_flops(config.precision.compute) if process.lead else math.inf  # the others write no row
-    clock = StepClock(config.tokens_per_step, flops, peak, first_step)
-    loop = Loop(config, step, stop, recorder, clock, evaluate, save, checkpoints.check, last_good, pulse.beat)
-    state, signal = loop.run(state, loader, first_step)
-    pulse.beat("save", int(state.step))
-    checkpoints.wait()
-    recorder.flush()
+    state, signal = _trained(opened, stop, start)
     pulse.beat("end", int(state.step))
     if signal:
         _say(process, f"stopped by {Signals(signal).name} at step {int(state.step)}; the same command continues")
         return 128 + signal
     stop.close()
+    evaluator = opened.evaluator
     evaluation = evaluator(state.params) if evaluator else {}
-    _end(process, Finished(blueprint, state.params, data, evaluator and evaluator.data, evaluation))
+    _end(process, Finished(opened.blueprint, state.params, opened.data, evaluator and evaluator.data, evaluation))
     return 0
+
+
+def _open(
+    config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitStack, pulse: pulses.Pulse
+) -> _Opened:
+    blueprint, every = Blueprint(config, mesh), config.health.hash_every
+    record, verified = quarantine.read(config.run_dir), Verified(config.run_dir, every, process.lead)
+    on_disk = {quarantine.FILE: quarantine.digest(record), "verified.json": str(verified.limit())}
+    runtime.compare_fingerprints(on_disk, deadline_s=300)
+    data = open_data(config, config.data, process.lead)
+    evaluator = Evaluator(blueprint, process.lead) if config.eval else None
+    checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
+    stack.callback(checkpoints.close)
+    copies = Copies(blueprint) if every else None
+    return _Opened(process, pulse, blueprint, data, evaluator, checkpoints, verified, copies, record)
+
+
+def _trained(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
+    """The loop, and again from an earlier state as often as its verdict asks for that. -> (state, signal or 0)."""
+    while True:
+        rewind, unequal = None, 0
+        try:
+            return _looped(opened, stop, start)
+        except Rewound as error:
+            rewind = error.verdict
+        except Unequal as error:
+            unequal = error.step
+        # Here the exception is gone, and with its frames the bad state: there is room for a good one.
+        del start
+        if rewind is None:
+            raise _corrupted(opened, unequal)
+        start = _gone_back(opened, rewind)
+
+
+def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
+    config, checkpoints, data = opened.blueprint.config, opened.checkpoints, opened.data
+    judge = Judge(config.health, start.data.get("health"))
+    opened.verified.begin(start.step)
+    with ExitStack() as stack:
+        recorder = Recorder(config.sinks if opened.process.lead else (), config.run_dir, start.step, config.steps)
+        stack.callback(recorder.close)
+        loader = Loader(data, opened.blueprint.mesh, config.rules, start.step, config.steps)
+        stack.callback(loader.close)
+
+        def evaluate(step: int, state: State) -> None:
+            recorder.write(step, opened.evaluator(state.params))
+
+        def save(step: int, state: State) -> None:
+            memory = judge.memory()
+            position = data.position(step) | ({"health": memory} if memory else {})
+            checkpoints.save(step, state, config=encode(config), data=position, letters=opened.blueprint.letters)
+
+        def last_good() -> str:
+            checkpoints.wait()
+            step = checkpoints.newest()
+            return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+
+        peak = peak_flops(config.precision.compute) if opened.process.lead else math.inf  # the others write no row
+        flops = config.model.flops_per_token(config.seq_len) * config.tokens_per_step
+        loop = Loop(
+            config=config,
+            step=lambda *arguments: opened.step(*arguments),
+            stop=stop,
+            recorder=recorder,
+            clock=StepClock(config.tokens_per_step, flops, peak, start.step),
+            evaluate=evaluate,
+            save=save,
+            check_save=checkpoints.check,
+            last_good=last_good,
+            beat=opened.pulse.beat,
+            judge=judge,
+            compare=opened.copies and opened.copies.compare,
+            agreed=opened.verified.agree,
+            say=lambda line: _say(opened.process, line),
+        )
+        state, signal = loop.run(start.state, loader, start.step)
+        opened.pulse.beat("save", int(state.step))
+        checkpoints.wait()
+        recorder.flush()
+        return state, signal
+
+
+def _gone_back(opened: _Opened, rewind: Rewind) -> Start:
+    """From before the bad steps. Checkpoints of later ones go first: a start must not find them beside a record that is newer."""
+    opened.pulse.beat("restore", rewind.first - 1)
+    event, start = roll_back(rewind, opened.record, opened.data, opened.newest)
+    opened.checkpoints.forget_after(event.steps[0] - 1)
+    opened.record = (*opened.record, event)
+    if opened.process.lead:
+        quarantine.write(opened.blueprint.config.run_dir, opened.record)
+    first, last = event.steps
+    _say(
+        opened.process,
+        f"{rewind.why}: back to step {start.step}; {len(event.examples)} examples of "
+        f"step{f' {first}' if first == last else f's {first} to {last}'} are put aside ({quarantine.FILE})",
+    )
+    return start
+
+
+def _corrupted(opened: _Opened, step: int) -> CorruptionError:
+    """Who holds other bits than the other copies; where they cannot tell, what the steps computed again say."""
+    copies, verified = opened.copies, opened.verified
+    sums, found_by = copies.sums(), "majority"
+    suspects, certain = copies.suspects(sums)
+    verified.differ(step, suspects, found_by if certain else "comparison")
+    if not certain:
+        opened.pulse.beat("restore", verified.agreed)
+        _say(opened.process, f"copies differ at step {step}, and no majority is right: computing it again from step {verified.agreed} or before")
+        start = opened.newest(verified.agreed)
+        copies.compare(recompute(opened.step, opened.blueprint, opened.data, start, step, opened.computed))
+        suspects, certain = copies.suspects(sums, copies.sums())
+        verified.differ(step, suspects, "replay" if certain else "comparison, and a replay agrees with no copy")
+    hosts = list(dict.fromkeys(suspect.host for suspect in suspects))
+    return CorruptionError(
+        f"copies of {few(list(dict.fromkeys(suspect.leaf for suspect in suspects)))} differ at step {step}.",
+        got="\n        ".join(map(str, suspects[:8])) + (f"\n        and {len(suspects) - 8} more" if len(suspects) > 8 else ""),
+        rule=f"devices that hold the same shard hold the same bits, as they did at step {verified.agreed}",
+        fix=f"put {few(hosts)} aside; the same command goes on from step {verified.agreed} or before",
+    )
+
+
+def _notes(config: RunConfig, mesh: Mesh, opened: _Opened, first_step: int) -> Iterator[str]:
+    if runs_pipeline(config, mesh.shape):
+        yield describe(config, mesh.shape)
+    if opened.copies and opened.copies.num_alone:
+        compared = len(opened.copies.shapes)
+        yield f"copies are compared of {compared} of {compared + opened.copies.num_alone} arrays: this mesh holds no two of the others"
+    if opened.record:
+        yield f"put aside by {len(opened.record)} events: {sum(len(e.examples) for e in opened.record)} examples"
+    if first_step >= config.steps:
+        yield f"nothing to train: the run stands at step {first_step} of {config.steps}"
 
 
 def _check_data(config: RunConfig, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import meshes
 from jaxtrain.background import in_background
 from jaxtrain.layout import num_microbatches, runs_pipeline
 from jaxtrain.protocols import BATCH_FIELDS, Extras
+from jaxtrain.resilience.health import Skip
 from jaxtrain.train import diloco, pipeline
 from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.replicas import DiLoCo
@@ -35,7 +37,10 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
 
     def step(state: State, batch: Batch, stop: Array) -> tuple[State, dict[str, Array]]:
         with meshes.use(blueprint.mesh, blueprint.rules), balanced(batch) as batch:
-            state, (sums, extras, norm) = _advance(blueprint, state, batch)
+            before = state
+            state, (sums, extras, norm) = _advance(blueprint, before, batch)
+            if skips := isinstance(config.health.not_finite, Skip):
+                state, skipped = _kept_if_bad(before, state, sums.nll / sums.count, norm)
             metrics = {
                 "train/loss": sums.nll / sums.count,
                 "train/grad_norm": norm,
@@ -46,6 +51,8 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
             }
             if config.z_loss:
                 metrics["train/z_loss"] = config.z_loss * sums.z / sums.count
+            if skips:
+                metrics["train/skipped"] = skipped
             if "objective" in extras:
                 metrics["train/auxiliary_loss"] = extras["objective"] / sums.count
             metrics |= blueprint.model(state.params).metrics(extras)
@@ -81,6 +88,16 @@ def _advance(blueprint: Blueprint, state: State, batch: Batch) -> tuple[State, t
     )
     params, opt, outer = kept
     return State(state.step + 1, params, opt, outer), (sums, extras, norm / blueprint.mesh.shape[diloco.AXIS])
+
+
+def _kept_if_bad(before: State, after: State, *watched: Array) -> tuple[State, Array]:
+    """-> `after`, but for its step `before` where a watched value is not finite; and 1 or 0, whether that was so.
+
+    A choice between values and no branch: it joins the update's own pass over the arrays.
+    """
+    bad = ~jnp.isfinite(jnp.stack(watched)).all()
+    kept = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)
+    return dataclasses.replace(kept, step=after.step), bad.astype(jnp.int32)
 
 
 def _update(blueprint: Blueprint, completed: Array, params: Any, opt: Any, batch: Batch) -> tuple[Any, Any, Any]:

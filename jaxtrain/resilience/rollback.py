@@ -1,0 +1,59 @@
+"""Back to the last good state without the examples of the bad steps: which state, which examples, and when to give up.
+
+It judges nothing (health.py) and stores nothing: where states come from is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtrain.data.dataset import Dataset
+from jaxtrain.data.quarantine import Event, Record
+from jaxtrain.errors import NumericsError
+from jaxtrain.resilience.health import Rewind
+
+
+@dataclass(frozen=True)
+class Start:
+    """A good state and what was kept with it: `step` completed updates, `data` the JSON that was saved beside it."""
+
+    state: Any
+    step: int
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def roll_back(
+    verdict: Rewind, record: Record, data: Dataset, newest: Callable[[int], Start]
+) -> tuple[Event, Start]:
+    """-> what is put aside, and the state to go on from.
+
+    `data` is without the record's examples; `newest(step)` gives the newest good state of that step or before. It follows
+    from the metrics and the record alone, so all processes come to the same. Raises NumericsError where the policy's
+    limit is reached.
+    """
+    first = _first(verdict, record)
+    start = newest(first - 1)
+    if sum(event.restored == start.step for event in record) >= verdict.policy.limit:
+        raise NumericsError(
+            f"{verdict.why}, and {verdict.policy.limit} rollbacks to step {start.step} did not help.",
+            rule="other examples make a bad step good",
+            fix=f"look for the fault elsewhere (learning rate, precision, a device); the last good state is step {start.step}",
+        )
+    examples = tuple(put for step in range(first, verdict.last + 1) for put in data.examples(step - 1))
+    event = Event(
+        steps=(first, verdict.last),
+        why=verdict.why,
+        restored=start.step,
+        position=(first - 1) * data.batch,
+        data=data.fingerprint,
+        examples=examples,
+    )
+    return event, start
+
+
+def _first(verdict: Rewind, record: Record) -> int:
+    """The first step that loses its examples. Where the same step was bad before, with other examples, one more."""
+    again = sum(event.steps[1] == verdict.last for event in record)
+    return max(1, verdict.first - verdict.policy.margin - again)
