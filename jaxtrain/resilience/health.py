@@ -41,7 +41,7 @@ class RollBack:
     """The newest good state from before the bad steps comes back, and other examples take the place of theirs.
 
     `margin`: so many steps before the bad ones lose their examples too. Where the same step is bad again, each time one
-    step more. The run ends when `limit` rollbacks to one and the same state did not help.
+    step more. The run ends when `limit` rollbacks because of one step, or to one state, did not help.
 
     PaLM went back some 100 steps before a spike and left out 200 to 500 batches, those before and during it; the spike
     did not come again, and the same batches met from another state made none (Chowdhery et al. 2022, arXiv 2204.02311,

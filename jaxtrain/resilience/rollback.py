@@ -33,11 +33,14 @@ def roll_back(
     from the metrics and the record alone, so all processes come to the same. Raises NumericsError where the policy's
     limit is reached.
     """
-    first = _first(verdict, record)
+    # Where the same step is bad again with other examples, what made it bad may be the update before it.
+    again = sum(event.steps[1] == verdict.last for event in record)
+    first = max(1, verdict.first - verdict.policy.margin - again)
     start = newest(first - 1)
-    if sum(event.restored == start.step for event in record) >= verdict.policy.limit:
+    tried = max(again, sum(event.restored == start.step for event in record))
+    if tried >= verdict.policy.limit:
         raise NumericsError(
-            f"{verdict.why}, and {verdict.policy.limit} rollbacks to step {start.step} did not help.",
+            f"{verdict.why}, and {tried} rollbacks did not help.",
             rule="other examples make a bad step good",
             fix=f"look for the fault elsewhere (learning rate, precision, a device); the last good state is step {start.step}",
         )
@@ -51,9 +54,3 @@ def roll_back(
         examples=examples,
     )
     return event, start
-
-
-def _first(verdict: Rewind, record: Record) -> int:
-    """The first step that loses its examples. Where the same step was bad before, with other examples, one more."""
-    again = sum(event.steps[1] == verdict.last for event in record)
-    return max(1, verdict.first - verdict.policy.margin - again)

@@ -1,0 +1,134 @@
+"""Whole runs in this process, on fake devices, with examples that spoil their step."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import meshes
+from jaxtrain import runtime
+from jaxtrain.checkpoint import manifest
+from jaxtrain.checkpoint.policy import CheckpointConfig
+from jaxtrain.data.dataset import Dataset, open_dataset
+from jaxtrain.observe.sinks import Jsonl, read_rows
+from jaxtrain.resilience.health import Health
+from jaxtrain.train.optim import AdamW
+from jaxtrain.train.run import train
+from jaxtrain.train.schedule import WSD
+from meshes import MeshConfig
+from tests.tiny import TINY
+
+STEPS = 16
+CONFIG = dataclasses.replace(
+    TINY,
+    model=dataclasses.replace(TINY.model, num_layers=1),
+    eval=None,
+    steps=STEPS,
+    log_every=1,
+    checkpoint=CheckpointConfig(every=5, keep_last=10),
+    optim=AdamW(peak_lr=1e-2, schedule=WSD(warmup=2)),
+    sinks=(Jsonl(),),
+    mesh=MeshConfig(data=2, fsdp=1),
+)
+
+
+def configured(tmp_path, name="run", health=Health(), **changes):
+    return dataclasses.replace(CONFIG, name=name, runs_dir=str(tmp_path), health=health, **changes)
+
+
+def run(config, monkeypatch, devices=2):
+    """The exit code of `jaxtrain train` on so many of the devices."""
+    monkeypatch.setattr(runtime, "devices", lambda: jax.devices()[:devices])
+    return train(config, runtime.Process())
+
+
+def data_of(config=CONFIG):
+    return open_dataset(config.data, seq_len=config.seq_len, batch=config.batch, seed=config.seed, vocab_size=64, cache_dir=".")
+
+
+def poison(monkeypatch, is_bad):
+    """From now on the weights of the examples that `is_bad(step, source and example)` names are not numbers."""
+    rows = Dataset.rows
+
+    def poisoned(self, step, wanted):
+        batch = rows(self, step, wanted)
+        puts = self.examples(step) if self._shuffle else []
+        bad = [i for i, row in enumerate(wanted) if puts and is_bad(step + 1, (puts[row].source, puts[row].example))]
+        batch["weights"][bad] = np.nan
+        return batch
+
+    monkeypatch.setattr(Dataset, "rows", poisoned)
+
+
+def poison_examples(monkeypatch, *places):
+    """The examples that an undisturbed run meets at these (step, row)."""
+    puts = [data_of().examples(step - 1)[row] for step, row in places]
+    bad = {(put.source, put.example) for put in puts}
+    poison(monkeypatch, lambda _, example: example in bad)
+
+
+def result(config):
+    """What a run computed: its rows without times, and the hash of its last state."""
+    rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in read_rows(config.run_dir / "metrics.jsonl")]
+    return rows, manifest.read(config.run_dir / "checkpoints" / str(config.steps)).digest
+
+
+def flipped(x, devices, bit=3):
+    """A sharded array with one bit of the first element changed in the shards of these devices."""
+    parts = []
+    for shard in x.addressable_shards:
+        data = np.array(shard.data)
+        if shard.device in devices:
+            data.reshape(-1).view(np.uint32)[:1] ^= np.uint32(1 << bit)
+        parts.append(jax.device_put(data, shard.device))
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+
+
+def flip_at(monkeypatch, step, devices, leaf=("final_norm_D",), bit=3):
+    """After this step of every run from now on a bit of a parameter changes on these devices, once."""
+    from jaxtrain.train import run as running
+
+    compiled, done = running.compiled_ahead, []
+
+    def compiled_ahead(blueprint):
+        real = compiled(blueprint)
+
+        def flipping(*arguments):
+            state, metrics = real(*arguments)
+            if not done and int(state.step) == step:
+                done.append(step)
+                state = dataclasses.replace(state, params=_with_flip(state.params, leaf, devices, bit))
+            return state, metrics
+
+        return flipping
+
+    monkeypatch.setattr(running, "compiled_ahead", compiled_ahead)
+
+
+def _with_flip(params, path, devices, bit):
+    first, *rest = path
+    return {**params, first: _with_flip(params[first], rest, devices, bit) if rest else flipped(params[first], devices, bit)}
+
+
+def record(config):
+    return [json.loads(line) for line in (config.run_dir / "quarantine.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Programs are compiled once for all runs of a session."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    kept = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", kept[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", kept[1])
+    compilation_cache.reset_cache()
+
+
+def mesh_of(config, devices):
+    return meshes.make(config.mesh, jax.devices()[:devices])
