@@ -10,29 +10,11 @@ import pytest
 import meshes
 from jaxtrain import runtime
 from jaxtrain.checkpoint import manifest
-from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.data.dataset import Dataset, open_dataset
-from jaxtrain.observe.sinks import Jsonl, read_rows
+from jaxtrain.observe.sinks import read_rows
 from jaxtrain.resilience.health import Health
-from jaxtrain.train.optim import AdamW
 from jaxtrain.train.run import train
-from jaxtrain.train.schedule import WSD
-from meshes import MeshConfig
-from tests.tiny import TINY
-
-STEPS = 16
-CONFIG = dataclasses.replace(
-    TINY,
-    model=dataclasses.replace(TINY.model, num_layers=1),
-    eval=None,
-    steps=STEPS,
-    log_every=1,
-    checkpoint=CheckpointConfig(every=5, keep_last=10),
-    optim=AdamW(peak_lr=1e-2, schedule=WSD(warmup=2)),
-    sinks=(Jsonl(),),
-    mesh=MeshConfig(data=2, fsdp=1),
-)
-
+from tests.resilience.values import CONFIG
 
 def configured(tmp_path, name="run", health=Health(), **changes):
     return dataclasses.replace(CONFIG, name=name, runs_dir=str(tmp_path), health=health, **changes)
@@ -86,30 +68,35 @@ def flipped(x, devices, bit=3):
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
 
 
-def flip_at(monkeypatch, step, devices, leaf=("final_norm_D",), bit=3):
-    """After this step of every run from now on a bit of a parameter changes on these devices, once."""
+def after_steps(monkeypatch, steps, change):
+    """`change(state, metrics)` takes the place of what the compiled step gives, the first time that a run comes to these steps."""
     from jaxtrain.train import run as running
 
-    compiled, done = running.compiled_ahead, []
+    compiled, left = running.compiled_ahead, list(steps)
 
     def compiled_ahead(blueprint):
         real = compiled(blueprint)
 
-        def flipping(*arguments):
+        def changed(*arguments):
             state, metrics = real(*arguments)
-            if not done and int(state.step) == step:
-                done.append(step)
-                state = dataclasses.replace(state, params=_with_flip(state.params, leaf, devices, bit))
+            if int(state.step) in left:
+                left.remove(int(state.step))
+                state, metrics = change(state, metrics)
             return state, metrics
 
-        return flipping
+        return changed
 
     monkeypatch.setattr(running, "compiled_ahead", compiled_ahead)
 
 
-def _with_flip(params, path, devices, bit):
-    first, *rest = path
-    return {**params, first: _with_flip(params[first], rest, devices, bit) if rest else flipped(params[first], devices, bit)}
+def flip_at(monkeypatch, step, devices, leaf="final_norm_D", bit=3):
+    """After this step of a run a bit of a parameter changes on these devices, once."""
+
+    def flip(state, metrics):
+        params = state.params | {leaf: flipped(state.params[leaf], devices, bit)}
+        return dataclasses.replace(state, params=params), metrics
+
+    after_steps(monkeypatch, [step], flip)
 
 
 def record(config):

@@ -20,7 +20,8 @@ from jaxtrain.resilience.verified import Verified
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint
 from meshes import MeshConfig
-from tests.resilience.runs import CONFIG, cache, configured, flip_at, flipped, mesh_of, result, run  # noqa: F401
+from tests.resilience.runs import cache, configured, flip_at, flipped, mesh_of, result, run  # noqa: F401
+from tests.resilience.values import CONFIG
 
 LEAF = "params/final_norm_D"
 ARRAYS = {"step": "", "params": {"final_norm_D": "D", "up_LDF": "LDF"}, "opt": {"up_LDF": "LDF"}}

@@ -37,7 +37,7 @@ def test_a_run_is_computed_again_to_the_same_bits_also_behind_a_rollback(tmp_pat
 
 def test_a_bit_that_flipped_on_all_copies_is_found_and_the_step_of_its_first_effect_named(tmp_path, monkeypatch, replayed):
     config = configured(tmp_path)
-    flip_at(monkeypatch, 7, jax.devices()[:2], leaf=("embed_VD",), bit=22)
+    flip_at(monkeypatch, 7, jax.devices()[:2], leaf="embed_VD", bit=22)
     assert run(config, monkeypatch) == 0
     said, differs = replayed(config, 10)
     assert differs and "the two replays                 equal" in said

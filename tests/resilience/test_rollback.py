@@ -13,7 +13,8 @@ from jaxtrain.observe.sinks import Jsonl
 from jaxtrain.resilience.health import Health, Rewind, RollBack, RollBackSpikes
 from jaxtrain.resilience.rollback import Start, roll_back
 from meshes import MeshConfig
-from tests.resilience.runs import cache, configured, data_of, poison, poison_examples, record, result, run  # noqa: F401
+from tests.resilience.runs import after_steps, cache, configured, data_of, poison, poison_examples, record, result, run  # noqa: F401
+from tests.resilience.values import STEPS
 
 BACK = Health(not_finite=RollBack(limit=3))
 
@@ -108,6 +109,16 @@ def test_a_run_does_not_start_over_because_its_older_checkpoints_have_gone(tmp_p
     with pytest.raises(CheckpointError, match="no state of step 6 or before is left"):
         run(config, monkeypatch)
     assert (config.run_dir / "checkpoints/12/manifest.json").exists()
+
+
+def test_a_run_goes_back_to_before_a_spike_began_although_it_was_saved_within(tmp_path, monkeypatch):
+    after_steps(monkeypatch, (9, 10, 11), lambda state, metrics: (state, metrics | {"train/loss": metrics["train/loss"] + 5}))
+    spikes = RollBackSpikes(window=8, warmup=0, margin=1)
+    config = configured(tmp_path, health=Health(spikes=spikes))
+    assert run(config, monkeypatch) == 0
+    (event,) = record(config)
+    assert (event["steps"], event["restored"], len(event["examples"])) == ([8, 11], 5, 32)
+    assert [row["step"] for row in result(config)[0]] == list(range(1, STEPS + 1))
 
 
 def test_a_spike_goes_back_to_before_it_began():

@@ -14,7 +14,8 @@ from jaxtrain.resilience.health import Health, RollBack, Skip
 from jaxtrain.train import step as steps
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint
-from tests.resilience.runs import CONFIG, STEPS, cache, configured, data_of, mesh_of, poison_examples, result, run  # noqa: F401
+from tests.resilience.runs import cache, configured, data_of, mesh_of, poison_examples, result, run  # noqa: F401
+from tests.resilience.values import CONFIG, STEPS
 
 SKIP = Health(not_finite=Skip(limit=2))
 
