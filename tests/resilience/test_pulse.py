@@ -1,7 +1,9 @@
 """Progress records, learned deadlines and verdicts, without processes."""
 
-import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,16 +18,20 @@ ONE_BEAT_S = 50e-6  # a few microseconds on an idle machine; of a step of 500 ms
 def test_what_a_trainer_wrote_last_is_read_by_another_and_stays_when_it_is_gone(tmp_path):
     path = tmp_path / "p"
     assert pulse.read(path) is None
-    child = os.fork()
-    if not child:
-        mine = Pulse(path, generation=3)
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        from jaxtrain.resilience.pulse import Pulse
+        mine = Pulse(Path(sys.argv[1]), generation=3)
         mine.about("data 1 tensor 0-1")
         mine.beat("compile", 7)
         mine.beat("step", 8)
-        os._exit(0)
-    os.waitpid(child, 0)
+        os._exit(9)
+    """
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2])
+    assert child.wait(60) == 9
     beat = pulse.read(path)
-    assert (beat.pid, beat.generation, beat.step, beat.phase, beat.about) == (child, 3, 8, "step", "data 1 tensor 0-1")
+    assert (beat.pid, beat.generation, beat.step, beat.phase, beat.about) == (child.pid, 3, 8, "step", "data 1 tensor 0-1")
     assert beat.counts["compile"] == beat.counts["start"] == 1 and beat.counts["step"] == 0
     assert 0 <= beat.age() < 60
 
