@@ -8,8 +8,10 @@ must return soon, and one that raises ends the channel. Contents are authenticat
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import random
 import resource
 import secrets
@@ -21,7 +23,7 @@ from typing import Any
 
 from jaxtrain.errors import RunError
 from jaxtrain.resilience import wire
-from jaxtrain.resilience.connection import GONE, HERE, SILENT, Connection, Limits
+from jaxtrain.resilience.connection import GONE, HERE, SILENT, Connection, Limits, state_after
 from jaxtrain.resilience.end import End, say
 from jaxtrain.resilience.wire import Message, Payload, Refused
 
@@ -30,7 +32,8 @@ __all__ = ["GONE", "HERE", "SILENT", "Hub", "Limits", "Line", "Peer"]
 NAME_CHARS = 255
 DESCRIPTORS = 16384  # and as many that wait to be accepted
 ACCEPTED = 64  # connections before those that are there have their turn
-PAUSE_S = 0.5  # without accepting, where the process has no descriptors left
+PAUSE_S, FULL_S = 0.5, 0.02  # without accepting, where the process has no descriptors left, or too many strangers
+GRACE_S = 1.0  # for a stranger while others cannot come in
 FIRST_S, LAST_S = 0.05, 2.0  # between attempts to connect, doubling; each is cut by up to half at random
 
 
@@ -64,7 +67,7 @@ class Hub(End):
         limits: Limits = Limits(),
         log: Callable[[str], None] = say,
     ):
-        _more_descriptors()
+        more_descriptors()
         self._server = _listen(address)
         super().__init__(secret, limits, log)
         self.port: int = self._server.getsockname()[1]
@@ -113,25 +116,26 @@ class Hub(End):
 
     def _accept(self, mask: int) -> None:
         for _ in range(ACCEPTED):
+            if len(self._strangers) >= self.limits.strangers:
+                return self._pause(FULL_S)
             try:
                 sock, address = self._server.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:  # descriptors or memory; those that wait would wake the loop without end
-                return self._pause()
+                self.refusals.add("exhausted", "who comes next")
+                return self._pause(PAUSE_S)
             self._admit(sock, f"{address[0].removeprefix('::ffff:')}:{address[1]}")
 
     def _admit(self, sock: socket.socket, address: str) -> None:
         stranger = Connection(sock, address, self._loop, wire.Session(self._secret, hub=True), self)
         self._strangers[stranger] = None
         stranger.flush()
-        if len(self._strangers) > self.limits.strangers:
-            next(iter(self._strangers)).refuse("crowded")
 
-    def _pause(self) -> None:
-        self.refusals.add("exhausted", "who comes next")
+    def _pause(self, seconds: float) -> None:
+        """Leaves those that come in the kernel's queue."""
         self._loop.unwatch(self._server)
-        self._accept_at = self._loop.clock + PAUSE_S
+        self._accept_at = self._loop.clock + seconds
 
     def _join(self, connection: Connection, kind: int, body: memoryview) -> None:
         said = wire.decoded(body) if kind == wire.JOIN and not connection.name else {}
@@ -157,7 +161,8 @@ class Hub(End):
 
     def _tick(self) -> float:
         clock = self._loop.clock
-        while self._strangers and (first := next(iter(self._strangers))).began + self.limits.hello_s <= clock:
+        patience = self.limits.hello_s if self._accept_at is None else min(GRACE_S, self.limits.hello_s)
+        while self._strangers and (first := next(iter(self._strangers))).began + patience <= clock:
             first.refuse("late")
         while self._beats and self._beats[0][0] <= clock:
             _, peer = self._beats.popleft()
@@ -168,7 +173,8 @@ class Hub(End):
         if self._accept_at is not None and clock >= self._accept_at and self._end_at is None:
             self._accept_at = None
             self._loop.watch(self._server, self._accept)
-        return self._beats[0][0] - clock if self._beats else PAUSE_S
+        due = [self._beats[0][0]] if self._beats else []
+        return min(due + [at for at in [self._accept_at] if at is not None], default=clock + PAUSE_S) - clock
 
     def _hang_up(self) -> None:
         if self._accept_at is None and self._server.fileno() != -1:
@@ -195,9 +201,9 @@ class Line(End):
         log: Callable[[str], None] = say,
     ):
         assert _is_name(name), f"a name has 1 to {NAME_CHARS} printable ASCII characters: {name!r}"
+        self._host, self._port = _split(address)
         super().__init__(secret, limits, log)
         self.name, self.why = name, "nothing was tried"  # why there is no connection
-        self._host, self._port = _split(address)
         self._address, self._instance = address, secrets.token_hex(8)
         self._on_message, self._on_change = on_message, on_change
         self._lead: Connection | None = None  # that is open
@@ -232,9 +238,9 @@ class Line(End):
 
     def ended(self, connection: Connection, why: str) -> None:
         self._lead = None
-        if connection.name:
+        if connection.name and self._loop.clock - connection.began > LAST_S:
             self._delay = FIRST_S
-        elif connection.session.greeted and not connection.session.known:
+        if connection.session.greeted and not connection.session.known:
             why += " before it welcomed this end: does it have the same secret?"
         self._failed(connection.closed, why)
 
@@ -272,7 +278,10 @@ class Line(End):
         except OSError as error:
             return self._failed(SILENT, str(error))
         sock.setblocking(False)
-        sock.connect_ex(address)  # how it went the first attempt to send says
+        number = sock.connect_ex(address)
+        if number not in (0, errno.EINPROGRESS):
+            sock.close()
+            return self._failed(state_after(number), os.strerror(number))
         session = wire.Session(self._secret, hub=False)
         self._lead = Connection(sock, self._address, self._loop, session, self)
         self._lead.flush()
@@ -329,7 +338,7 @@ def _listen(address: str) -> socket.socket:
     return server
 
 
-def _more_descriptors() -> None:
+def more_descriptors() -> None:
     """Raises the soft limit: the usual 1,024 are too few for one connection per supervisor of a large job."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)

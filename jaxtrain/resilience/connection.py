@@ -25,7 +25,6 @@ RULES = {  # what is refused
     "version": "it speaks another version of this protocol: all hosts of a job run the same code",
     "secret": "it does not know the job's secret",
     "late": "it did not show the job's secret in time",
-    "crowded": "too many others that have not shown the job's secret came after it",
     "taken": "its name is another's, who is connected",
     "forged": "a frame is not the other end's",
     "order": "a frame came again, or before its turn",
@@ -277,4 +276,9 @@ class Connection:
         self.close(GONE, "it hung up")
 
     def _broken(self, error: OSError) -> None:
-        self.close(SILENT if error.errno in _UNREACHED else GONE, error.strerror or str(error))
+        self.close(state_after(error.errno), error.strerror or str(error))
+
+
+def state_after(number: int | None) -> str:
+    """What an error of a socket says of the other end."""
+    return SILENT if number in _UNREACHED else GONE

@@ -23,6 +23,7 @@ class End:
         self._secret, self._loop = secret, Loop(limits.beat_s)
         self._told: dict[str, str] = {}  # the states that were reported last, by peer
         self._end_at: float | None = None  # on the loop's clock, once it is told to close
+        self._failure: BaseException | None = None  # what ended the thread before its time
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
 
     @property
@@ -46,6 +47,9 @@ class End:
         try:
             while not self._over():
                 self._loop.turn(self._tick())
+        except BaseException as error:
+            self._failure = error
+            raise
         finally:
             self._end_at = self._end_at or 0.0
             self._hang_up()
@@ -61,9 +65,11 @@ class End:
             self._end_at = self._loop.clock + self.limits.close_s
             self._hang_up()
             for connection in self._connections():
-                connection.finish()
+                connection.finish() if connection.name else connection.close(GONE)
 
     def _put(self, peers: Iterable[Connection], message: Message, payload: Payload | None) -> int:
+        if self._failure:
+            raise RuntimeError("a callback raised, which ended the channel") from self._failure
         kind, body, view = wire.encoded(message, payload, self.limits.payload_bytes)
         return sum(peer.put(kind, body, view) for peer in peers)
 

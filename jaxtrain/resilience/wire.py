@@ -126,12 +126,12 @@ class Session:
 
 
 class Inbox:
-    """Makes messages of frames."""
+    """Makes messages of frames. It holds no more than has come: a payload grows, it is not allocated as announced."""
 
     def __init__(self, payload_bytes: int):
         self._limit = payload_bytes
         self._message: Message | None = None  # whose payload is coming
-        self._payload, self._at = bytearray(), 0
+        self._payload, self._size = bytearray(), 0
 
     def take(self, kind: int, body: memoryview) -> tuple[Message, memoryview | None] | None:
         """The message that is whole with this frame. Raises Refused."""
@@ -146,22 +146,20 @@ class Inbox:
     def _begin(self, body: memoryview) -> tuple[Message, memoryview] | None:
         if self._message is not None or len(body) < SIZE.size:
             raise Refused("malformed")
-        (size,) = SIZE.unpack_from(body)
-        if size > self._limit:
+        (self._size,) = SIZE.unpack_from(body)
+        if self._size > self._limit:
             raise Refused("oversized")
-        self._message, self._payload, self._at = decoded(body[SIZE.size :]), bytearray(size), 0
+        self._message = decoded(body[SIZE.size :])
         return self._whole()
 
     def _go_on(self, body: memoryview) -> tuple[Message, memoryview] | None:
-        end = self._at + len(body)
-        if self._message is None or not len(body) or end > len(self._payload):
+        if self._message is None or not len(body) or len(self._payload) + len(body) > self._size:
             raise Refused("malformed")
-        self._payload[self._at : end] = body
-        self._at = end
+        self._payload += body
         return self._whole()
 
     def _whole(self) -> tuple[Message, memoryview] | None:
-        if self._at < len(self._payload):
+        if len(self._payload) < self._size:
             return None
         message, payload = self._message, self._payload
         self._message, self._payload = None, bytearray()
