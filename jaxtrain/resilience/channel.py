@@ -31,7 +31,7 @@ __all__ = ["GONE", "HERE", "SILENT", "Hub", "Limits", "Line", "Peer"]
 
 NAME_CHARS = 255
 DESCRIPTORS = 16384  # and as many that wait to be accepted
-ACCEPTED = 64  # connections before those that are there have their turn
+AT_ONCE = 64  # connections to accept or signs of life to send, before those that are ready have their turn
 PAUSE_S, FULL_S = 0.5, 0.02  # without accepting, where the process has no descriptors left, or too many strangers
 GRACE_S = 1.0  # for a stranger while others cannot come in
 FIRST_S, LAST_S = 0.05, 2.0  # between attempts to connect, doubling; each is cut by up to half at random
@@ -89,11 +89,11 @@ class Hub(End):
 
     def send_all(self, message: Message, payload: Payload | None = None) -> int:
         """To all that are connected; how many those are."""
-        return self._put(list(self._peers.values()), message, payload)
+        return self._put(self._peers.copy().values(), message, payload)
 
     def peers(self) -> dict[str, Peer]:
         """All that were ever connected, by name."""
-        return {name: _peer(connection) for name, connection in list(self._peers.items())}
+        return {name: _peer(connection) for name, connection in self._peers.copy().items()}
 
     def peer(self, name: str) -> Peer:
         """One of them; gone where it never came."""
@@ -115,7 +115,7 @@ class Hub(End):
             self._tell(connection.name, connection.closed)
 
     def _accept(self, mask: int) -> None:
-        for _ in range(ACCEPTED):
+        for _ in range(AT_ONCE):
             if len(self._strangers) >= self.limits.strangers:
                 return self._pause(FULL_S)
             try:
@@ -164,17 +164,22 @@ class Hub(End):
         patience = self.limits.hello_s if self._accept_at is None else min(GRACE_S, self.limits.hello_s)
         while self._strangers and (first := next(iter(self._strangers))).began + patience <= clock:
             first.refuse("late")
-        while self._beats and self._beats[0][0] <= clock:
-            _, peer = self._beats.popleft()
-            if not peer.closed:
-                peer.beat()
-                self._tell(peer.name, peer.state)
-                self._beats.append((clock + self.limits.beat_s, peer))
+        self._beat(clock)
         if self._accept_at is not None and clock >= self._accept_at and self._end_at is None:
             self._accept_at = None
             self._loop.watch(self._server, self._accept)
         due = [self._beats[0][0]] if self._beats else []
         return min(due + [at for at in [self._accept_at] if at is not None], default=clock + PAUSE_S) - clock
+
+    def _beat(self, clock: float) -> None:
+        for _ in range(AT_ONCE):
+            if not self._beats or self._beats[0][0] > clock:
+                break
+            _, peer = self._beats.popleft()
+            if not peer.closed:
+                peer.beat()
+                self._tell(peer.name, peer.state)
+                self._beats.append((clock + self.limits.beat_s, peer))
 
     def _hang_up(self) -> None:
         if self._accept_at is None and self._server.fileno() != -1:
@@ -269,7 +274,7 @@ class Line(End):
         return self.limits.beat_s
 
     def _dial(self) -> None:
-        """Begins to connect, to each of the host's addresses in turn."""
+        """Begins to connect, to each of the host's addresses in turn. Only looking up its name waits, for DNS."""
         try:
             found = socket.getaddrinfo(self._host or "localhost", self._port, type=socket.SOCK_STREAM)
             family, kind, protocol, _, address = found[self._attempts % len(found)]
@@ -297,9 +302,6 @@ class Line(End):
 
     def _connections(self) -> list[Connection]:
         return [self._lead] if self._lead else []
-
-    def _hang_up(self) -> None:
-        pass  # _tick dials no more
 
 
 def _peer(connection: Connection) -> Peer:

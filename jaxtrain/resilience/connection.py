@@ -159,7 +159,7 @@ class Connection:
         self.inbox = wire.Inbox(owner.limits.payload_bytes)
         self._outbox = wire.Outbox(owner.limits.queue_bytes)
         self._sock, self._loop, self._out = sock, loop, memoryview(session.greeting)
-        self._blocked = self._ending = False
+        self._blocked = self._ending = self._overflown = False
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if _NOTSENT_LOWAT is not None:
@@ -177,11 +177,12 @@ class Connection:
 
     def put(self, kind: int, body: Payload = b"", payload: memoryview | None = None) -> bool:
         """Queues a frame, or a message with its payload; False where the connection is closed, or by this closes."""
-        if self.closed:
+        if self.closed or self._overflown:
             return False
         if self._outbox.put(kind, body, payload):
             self._loop.ask(self.flush)
             return True
+        self._overflown = True
         self._loop.ask(lambda: self.refuse("overflow"))
         return False
 

@@ -32,7 +32,7 @@ class End:
         return dict(self.refusals.counts)
 
     def close(self) -> None:
-        """Sends what is queued and closes, within `close_s` and a little; the second time it does nothing."""
+        """Closes once what is queued is sent, but within `close_s` and a little; the second time it does nothing."""
         self._loop.ask(self._begin_end)
         if threading.current_thread() is not self._thread:
             self._thread.join(2 * self.limits.close_s + 1)
@@ -88,8 +88,7 @@ class End:
         raise NotImplementedError
 
     def _hang_up(self) -> None:
-        """Meets nobody any more."""
-        raise NotImplementedError
+        """Stops listening, where it does."""
 
     def _changed(self, peer: str, state: str) -> None:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The secret that the supervisors of one job share: from the environment, or a file in the run folder for one user's eyes."""
+"""The secret that the supervisors of one job share: from the environment, or a file in the run folder. It sends nothing."""
 
 from __future__ import annotations
 

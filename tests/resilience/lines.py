@@ -5,7 +5,7 @@ import socket
 import time
 
 from jaxtrain.resilience import wire
-from jaxtrain.resilience.channel import Limits
+from jaxtrain.resilience.channel import HERE, Hub, Limits, Line
 from jaxtrain.resilience.wire import Session
 
 SECRET = b"known to all the hosts of this job"
@@ -34,7 +34,7 @@ class Raw:
         self.all.append(sock)
         if greet:
             self.send(self.session.greeting)
-            self.read()
+            self.read(wire.GREETING.size)
 
     @classmethod
     def dial(cls, port, **options):
@@ -46,15 +46,15 @@ class Raw:
         raw = cls.dial(port)
         raw.send(raw.session.seal(wire.JOIN, b'{"name":"%s","instance":"%s"}' % (name.encode(), instance.encode())))
         raw.read()
-        assert [kind for kind, _ in raw.frames] == [wire.GREETED, wire.WELCOME]
+        assert [kind for kind, _ in raw.frames[:2]] == [wire.GREETED, wire.WELCOME]
         return raw
 
     def send(self, data):
         self.sock.sendall(data)
 
-    def read(self):
+    def read(self, most=1 << 20):
         """The frames of the next bytes; whether there were any bytes."""
-        data = self.sock.recv(1 << 20)
+        data = self.sock.recv(most)
         self.frames += [(kind, bytes(body)) for kind, body in self.session.feed(memoryview(data))]
         return bool(data)
 
@@ -107,3 +107,25 @@ def mutated(frames, rng: random.Random):
     elif how == 6:
         data[at : at + length] = rng.randbytes(length)
     return bytes(data)
+
+
+class Heard(list):
+    """What callbacks were given."""
+
+    def __call__(self, *what):
+        self.append(tuple(bytes(part) if isinstance(part, memoryview) else part for part in what))
+
+
+def a_hub(opened, on_message=None, address="127.0.0.1:0", secret=SECRET, **options):
+    """The hub, what it heard, and the states that it reported."""
+    heard, states = Heard(), Heard()
+    options = {"log": Heard(), "on_change": states} | options
+    return opened(Hub(address, secret, on_message or heard, **options)), heard, states
+
+
+def a_line(opened, port, name="a", secret=SECRET, wait=True, **options):
+    heard, states = Heard(), Heard()
+    line = opened(Line(f"localhost:{port}", name, secret, heard, log=Heard(), on_change=states, **options))
+    if wait:
+        until(lambda: line.lead().state == HERE)
+    return line, heard, states

@@ -32,7 +32,8 @@ def refusal(session, data):
 
 def test_both_ways_open_what_the_other_end_sealed():
     line, hub = pair()
-    assert opened(hub, line.seal(wire.MESSAGE, b"{}") + line.seal(wire.BEAT)) == [(wire.MESSAGE, b"{}"), (wire.BEAT, b"")]
+    frames = line.seal(wire.MESSAGE, b"{}") + line.seal(wire.BEAT)
+    assert opened(hub, frames) == [(wire.MESSAGE, b"{}"), (wire.BEAT, b"")]
     assert opened(line, hub.seal(wire.WELCOME)) == [(wire.WELCOME, b"")]
     assert line.known and hub.known
 
