@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.resilience import wire
-from jaxtrain.resilience.channel import HERE, Hub, Line, more_descriptors
+from jaxtrain.resilience.channel import HERE, Hub, Line
 from jaxtrain.resilience.connection import Connection, Limits, Loop, Refusals
+from jaxtrain.resilience.listening import more_descriptors
 
 SECRET = b"of the benchmark, and of no job "
 SETTLE_S, DEADLINE_S = 2.0, 60.0

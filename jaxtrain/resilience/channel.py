@@ -1,9 +1,9 @@
 """The line over which the supervisors of one job talk: a hub at the lead, a line from every other. It trains nothing.
 
 Messages are JSON objects, each with one payload of bytes if wanted. What is sent to a peer arrives once and in order
-while the connection lives (messages overtake payloads); what was under way when it broke is lost, so whoever needs it
-sends its state again when the peer is "here" again. Each end has one daemon thread, in which all callbacks run: they
-must return soon, and one that raises ends the channel. Contents are authenticated, not encrypted.
+while the connection lives (messages overtake payloads); what was under way when it broke is lost. So every connection
+is reported as "here", after which whoever needs it sends its state again. Each end has one daemon thread, in which all
+callbacks run: they must return soon, and one that raises ends the channel. Contents are authenticated, not encrypted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import resource
 import secrets
 import socket
 from collections import deque
@@ -21,16 +20,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtrain.errors import RunError
 from jaxtrain.resilience import wire
 from jaxtrain.resilience.connection import GONE, HERE, SILENT, Connection, Limits, state_after
 from jaxtrain.resilience.end import End, say
+from jaxtrain.resilience.listening import listen, more_descriptors, split
 from jaxtrain.resilience.wire import Message, Payload, Refused
 
 __all__ = ["GONE", "HERE", "SILENT", "Hub", "Limits", "Line", "Peer"]
 
 NAME_CHARS = 255
-DESCRIPTORS = 16384  # and as many that wait to be accepted
 AT_ONCE = 64  # connections to accept or signs of life to send, before those that are ready have their turn
 PAUSE_S, FULL_S = 0.5, 0.02  # without accepting, where the process has no descriptors left, or too many strangers
 GRACE_S = 1.0  # for a stranger while others cannot come in
@@ -54,7 +52,7 @@ class Hub(End):
     """The lead's end. `address`: "host:port"; without a host on all interfaces, port 0 for any that is free.
 
     `on_message(name, message, payload or None)`; a payload is the callback's to keep. `on_change(name, state)`: a
-    peer's state is another than before. Both in the hub's own thread. Raises RunError where it cannot listen.
+    peer is newly connected, or in another state. Both in the hub's own thread. Raises RunError where it cannot listen.
     """
 
     def __init__(
@@ -68,7 +66,7 @@ class Hub(End):
         log: Callable[[str], None] = say,
     ):
         more_descriptors()
-        self._server = _listen(address)
+        self._server = listen(address)
         super().__init__(secret, limits, log)
         self.port: int = self._server.getsockname()[1]
         self._on_message, self._changed = on_message, on_change
@@ -154,7 +152,7 @@ class Hub(End):
             old.close(GONE)
         connection.put(wire.WELCOME)
         self._beats.append((self._loop.clock + self.limits.beat_s, connection))
-        self._tell(name, HERE)
+        self._tell(name, HERE, again=True)
 
     def _connections(self) -> list[Connection]:
         return [peer for peer in (*self._strangers, *self._peers.values()) if not peer.closed]
@@ -190,8 +188,8 @@ class Hub(End):
 class Line(End):
     """A supervisor's end: connects to the lead's `address`, "host:port", as `name`, again and again until closed.
 
-    `on_message(message, payload or None)`; a payload is the callback's to keep. `on_change(state)`: the lead's state is
-    another than before. Both in the line's own thread.
+    `on_message(message, payload or None)`; a payload is the callback's to keep. `on_change(state)`: the lead is
+    newly connected, or in another state. Both in the line's own thread.
     """
 
     def __init__(
@@ -206,14 +204,14 @@ class Line(End):
         log: Callable[[str], None] = say,
     ):
         assert _is_name(name), f"a name has 1 to {NAME_CHARS} printable ASCII characters: {name!r}"
-        self._host, self._port = _split(address)
+        self._host, self._port = split(address)
         super().__init__(secret, limits, log)
         self.name, self.why = name, "nothing was tried"  # why there is no connection
         self._address, self._instance = address, secrets.token_hex(8)
         self._on_message, self._on_change = on_message, on_change
-        self._lead: Connection | None = None  # that is open
-        self._joined: Connection | None = None  # the last that was welcomed
-        self._state = GONE  # of the lead, while it has not welcomed this end
+        self._dialled: Connection | None = None  # that is not welcomed yet
+        self._joined: Connection | None = None  # the last that was welcomed, open or closed
+        self._state = GONE  # of the lead, where no welcomed connection is open
         self._attempts, self._delay, self._dial_at, self._beat_at = 0, FIRST_S, 0.0, 0.0
         self._thread.start()
 
@@ -227,27 +225,31 @@ class Line(End):
 
     def lead(self) -> Peer:
         """What is known of the lead."""
-        joined = self._joined
-        if joined is None:
-            return Peer(state=self._state, address=self._address)
-        state = self._state if joined.closed else joined.state
-        return Peer(state=state, heard_s=joined.heard_s, address=self._address)
+        heard_s = self._joined.heard_s if self._joined else math.inf
+        return Peer(state=self._now(), heard_s=heard_s, address=self._address)
 
     def received(self, connection: Connection, kind: int, body: memoryview) -> None:
         if kind == wire.GREETED:
             connection.put(wire.JOIN, json.dumps({"name": self.name, "instance": self._instance}).encode())
-        elif not connection.name:
+        elif connection is self._dialled:
             self._answered(connection, kind)
-        elif kind != wire.BEAT and (whole := connection.inbox.take(kind, body)):
-            self._on_message(*whole)
+        else:
+            self._tell(self._address, HERE)
+            if kind != wire.BEAT and (whole := connection.inbox.take(kind, body)):
+                self._on_message(*whole)
 
     def ended(self, connection: Connection, why: str) -> None:
-        self._lead = None
-        if connection.name and self._loop.clock - connection.began > LAST_S:
-            self._delay = FIRST_S
-        if connection.session.greeted and not connection.session.known:
-            why += " before it welcomed this end: does it have the same secret?"
-        self._failed(connection.closed, why)
+        if connection is self._dialled:
+            self._dialled = None
+            if connection.session.greeted and not connection.session.known:
+                why += " before it welcomed this end: does it have the same secret?"
+            self._failed(connection.closed, why)
+        elif connection is self._joined:  # while another is under way, that one will tell whether the lead is gone
+            self._failed(SILENT if self._dialled else connection.closed, why)
+
+    def _now(self) -> str:
+        joined = self._joined
+        return joined.state if joined and not joined.closed else self._state
 
     def _answered(self, connection: Connection, kind: int) -> None:
         if kind == wire.REFUSAL:
@@ -255,23 +257,29 @@ class Line(End):
         if kind != wire.WELCOME:
             raise Refused("malformed")
         connection.name = self._address
-        self._joined, self.why = connection, ""
-        self._tell(self._address, HERE)
+        old, self._joined, self._dialled, self.why = self._joined, connection, None, ""
+        if old:
+            old.close(GONE)
+        self._tell(self._address, HERE, again=True)
 
     def _tick(self) -> float:
-        clock, lead = self._loop.clock, self._lead
-        if lead is None:
-            if clock >= self._dial_at and self._end_at is None:
-                self._dial()
-            return self._dial_at - clock
-        if lead.name and clock >= self._beat_at:
+        """A lead that is silent is dialled beside the old connection.
+
+        That one is kept: the kernel may take minutes to try it again after a cut, but a lead that was merely stopped
+        would take its end for the end of this host.
+        """
+        clock, joined, state = self._loop.clock, self._joined, self._now()
+        self._tell(self._address, state)
+        if joined and clock >= self._beat_at:
             self._beat_at = clock + self.limits.beat_s
-            lead.beat()
-        if lead.name and lead.state == SILENT:  # the kernel might take minutes to try an old connection again
-            lead.close(SILENT, f"nothing was heard for {self.limits.silent_s} s")
-        elif not lead.name and clock - lead.began >= self.limits.hello_s:
-            lead.close(SILENT, f"no welcome within {self.limits.hello_s} s")
-        return self.limits.beat_s
+            joined.beat()
+        if self._dialled and clock - self._dialled.began >= self.limits.hello_s:
+            self._dialled.close(SILENT, f"no welcome within {self.limits.hello_s} s")
+        elif state == HERE and clock - joined.began > LAST_S:
+            self._delay = FIRST_S
+        elif state != HERE and not self._dialled and clock >= self._dial_at and self._end_at is None:
+            self._dial()
+        return self.limits.beat_s if state == HERE or self._dialled else self._dial_at - clock
 
     def _dial(self) -> None:
         """Begins to connect, to each of the host's addresses in turn. Only looking up its name waits, for DNS."""
@@ -288,20 +296,20 @@ class Line(End):
             sock.close()
             return self._failed(state_after(number), os.strerror(number))
         session = wire.Session(self._secret, hub=False)
-        self._lead = Connection(sock, self._address, self._loop, session, self)
-        self._lead.flush()
+        self._dialled = Connection(sock, self._address, self._loop, session, self)
+        self._dialled.flush()
 
     def _failed(self, state: str, why: str) -> None:
         self._state, self.why = state, why
         self._dial_at = self._loop.clock + self._delay * random.uniform(0.5, 1.0)
         self._delay = min(2 * self._delay, LAST_S)
-        self._tell(self._address, state)
+        self._tell(self._address, self._now())
 
     def _changed(self, peer: str, state: str) -> None:
         self._on_change(state)
 
     def _connections(self) -> list[Connection]:
-        return [self._lead] if self._lead else []
+        return [each for each in (self._dialled, self._joined) if each and not each.closed]
 
 
 def _peer(connection: Connection) -> Peer:
@@ -310,39 +318,3 @@ def _peer(connection: Connection) -> Peer:
 
 def _is_name(name: Any) -> bool:
     return isinstance(name, str) and 1 <= len(name) <= NAME_CHARS and name.isascii() and name.isprintable()
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        raise RunError(f"{address!r} is no address.", rule="host:port", fix="for example node-1:7600")
-    return host.strip("[]"), int(port)
-
-
-def _listen(address: str) -> socket.socket:
-    host, port = _split(address)
-    try:
-        if host:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            server = socket.create_server((host, port), family=family, backlog=DESCRIPTORS)
-        else:
-            both = socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if both else socket.AF_INET
-            server = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=DESCRIPTORS)
-    except OSError as error:
-        raise RunError(
-            f"The lead cannot listen on {address}.",
-            got=error.strerror or str(error),
-            rule="the address is this host's, and its port is free",
-            fix="choose another port, or end what holds it",
-        ) from error
-    server.setblocking(False)
-    return server
-
-
-def more_descriptors() -> None:
-    """Raises the soft limit: the usual 1,024 are too few for one connection per supervisor of a large job."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -215,7 +215,7 @@ class Connection:
     def refuse(self, kind: str) -> None:
         if not self.closed:
             self._owner.refusals.add(kind, self.name or self.address)
-            self.close(GONE, RULES[kind])
+            self.close(SILENT if self.state == SILENT else GONE, RULES[kind])
 
     def close(self, state: str, why: str = "") -> None:
         if self.closed:

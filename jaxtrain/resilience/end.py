@@ -73,9 +73,9 @@ class End:
         kind, body, view = wire.encoded(message, payload, self.limits.payload_bytes)
         return sum(peer.put(kind, body, view) for peer in peers)
 
-    def _tell(self, peer: str, state: str) -> None:
-        """Reports a state where it is another than the last that was reported."""
-        if state != self._told.get(peer, GONE):
+    def _tell(self, peer: str, state: str, *, again: bool = False) -> None:
+        """Reports a state where it is another than the last that was reported, or `again`."""
+        if again or state != self._told.get(peer, GONE):
             self._told[peer] = state
             self._changed(peer, state)
 

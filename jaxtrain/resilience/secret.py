@@ -1,4 +1,4 @@
-"""The secret that the supervisors of one job share: from the environment, or a file in the run folder. It sends nothing."""
+"""The secret that the supervisors of a job share: from the environment, or a file in the run folder. It sends none."""
 
 from __future__ import annotations
 
