@@ -91,13 +91,13 @@ def test_a_lead_that_stops_is_silent_and_is_dialled_again(opened):
 
 
 def test_nobody_is_silent_because_this_end_was_deaf(opened):
-    deaf = threading.Event()
-    hub, _, states = a_hub(opened, lambda *_: deaf.set() or time.sleep(5 * BRIEF.silent_s), limits=BRIEF)
-    line, _, _ = a_line(opened, hub.port)  # patient itself
+    deaf, limits = threading.Event(), Limits(beat_s=0.05, silent_s=1.0)
+    hub, _, states = a_hub(opened, lambda *_: deaf.set() or time.sleep(2.5 * limits.silent_s), limits=limits)
+    line, _, _ = a_line(opened, hub.port, limits=Limits(beat_s=0.05))  # patient itself
     line.send({})
     assert deaf.wait(LONG_S)
-    began = time.monotonic()
-    while time.monotonic() < began + 6 * BRIEF.silent_s:
+    end = time.monotonic() + 3 * limits.silent_s
+    while time.monotonic() < end:
         assert hub.peer("a").state == HERE
         time.sleep(0.01)
     assert states == [("a", HERE)]
