@@ -27,6 +27,14 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
 
+def within(deadline: Deadline, work: Callable[[], T]) -> T:
+    """`work()`, on a thread of its own that is left behind at the deadline: a file system may never answer.
+
+    Raises TimeoutError then, which is an OSError.
+    """
+    return in_background(work).result(deadline.left())
+
+
 def in_background(work: Callable[[], T], *, yielding: bool = False) -> Future[T]:
     """Starts `work` on a thread of its own; the future holds its value or its exception.
 

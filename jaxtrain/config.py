@@ -19,6 +19,7 @@ from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.health import Health
+from jaxtrain.resilience.policy import SnapshotConfig
 from jaxtrain.train.optim import AdamW, Optim
 from jaxtrain.train.precision import Precision
 from jaxtrain.train.replicas import Replicas, Together
@@ -59,6 +60,7 @@ class RunConfig(Generic[M]):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: Deadlines = field(default_factory=Deadlines)  # under `jaxtrain launch`: when a trainer counts as hung
     health: Health = Health()  # what follows when numbers go wrong
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     log_every: int = 10
     sinks: tuple[Sink, ...] = (Console(), Jsonl(), TensorBoard())
     endings: tuple[Ending, ...] = ()  # what is printed after the last step
@@ -76,8 +78,8 @@ class RunConfig(Generic[M]):
 
 # Fields that a run folder may be continued with although they differ: they move work, they do not change the numbers'
 # definition. A mesh of another size changes the last bit of a sum; the difference is printed all the same.
-FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "watch", "health", "log_every", "sinks", "endings", "xla")
-FREE_TO_CHANGE += ("runs_dir", "eval")
+FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "snapshot", "watch", "health", "log_every", "sinks", "endings")
+FREE_TO_CHANGE += ("xla", "runs_dir", "eval")
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), flags: Iterable[str] = ()) -> RunConfig:

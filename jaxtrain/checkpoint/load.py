@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 import meshes
+from jaxtrain.background import Deadline, within
 from jaxtrain.checkpoint import files, hashing, manifest, peers, storage
-from jaxtrain.background import Deadline, in_background
 from jaxtrain.checkpoint.describe import ARRAYS
 from jaxtrain.checkpoint.manifest import ArrayEntry, DamagedError, Manifest, in_words
 from jaxtrain.checkpoint.names import named, nested, renamed
 from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.cluster import few
 from jaxtrain.errors import CheckpointError, closest
+
+T = TypeVar("T")
 
 _SMALL_BYTES = 2**20  # files up to here are read whole before a restore; larger ones hold arrays, checked by their hashes
 _MAX_ROWS = 20
@@ -173,7 +175,7 @@ def _spans_processes(abstract: Any, mesh: Mesh | None) -> bool:
 def _manifest(folder: Path, shared: bool, deadline: Deadline) -> Manifest:
     """Read by every process; one that cannot makes it an error on all."""
     found: list[Manifest] = []
-    _together(shared, lambda: found.append(manifest.read(folder)), lambda _: None, deadline)
+    _together(shared, lambda: found.append(_in_time(folder, lambda: manifest.read(folder), deadline)), lambda _: None, deadline)
     return found[0]
 
 
@@ -190,7 +192,8 @@ def _fetch(
     part = slice(jax.process_index(), None, jax.process_count()) if shared else slice(None)
 
     def read() -> hashing.Sums:
-        _raise_if(damaged_files(folder, found, up_to=_SMALL_BYTES, part=part), folder)
+        damaged = _in_time(folder, lambda: damaged_files(folder, found, up_to=_SMALL_BYTES, part=part), deadline)
+        _raise_if(damaged, folder)
         arrays.update(_read(folder, {branch + name: shape for name, shape in wanted.items()}, deadline))
         return hashing.Hashing(arrays).sums()
 
@@ -211,21 +214,26 @@ def _together(shared: bool, report: Callable[[], Any], decide: Callable[[list[An
 
 def _read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], deadline: Deadline) -> dict[str, jax.Array]:
     try:
-        return in_background(lambda: storage.read(folder / ARRAYS, wanted)).result(deadline.left())
+        return _in_time(folder, lambda: storage.read(folder / ARRAYS, wanted), deadline)
+    except (CheckpointError, jax.errors.JaxRuntimeError):
+        raise  # the deadline, or the devices' trouble (out of memory): not the checkpoint's
+    except Exception as error:  # for damage, Orbax and TensorStore raise ValueError and bare Exception too
+        raise DamagedError(
+            f"{folder} is damaged.",
+            got=f"its arrays cannot be read: {in_words(error.__cause__ or error)}",
+            fix=f"jaxtrain checkpoint verify {folder} names the files and arrays",
+        ) from error
+
+
+def _in_time(folder: Path, work: Callable[[], T], deadline: Deadline) -> T:
+    try:
+        return within(deadline, work)
     except TimeoutError as error:
         raise CheckpointError(
             f"{folder} was not read in time.",
             got=f"{deadline.seconds:.0f} s",
             rule="a restore ends within checkpoint.deadline_seconds",
             fix="a faster disk, or a larger checkpoint.deadline_seconds",
-        ) from error
-    except jax.errors.JaxRuntimeError:
-        raise  # the devices' trouble (out of memory), not the checkpoint's
-    except Exception as error:  # for damage, Orbax and TensorStore raise ValueError and bare Exception too
-        raise DamagedError(
-            f"{folder} is damaged.",
-            got=f"its arrays cannot be read: {in_words(error.__cause__ or error)}",
-            fix=f"jaxtrain checkpoint verify {folder} names the files and arrays",
         ) from error
 
 

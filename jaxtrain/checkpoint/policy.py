@@ -12,16 +12,19 @@ from jaxtrain.errors import ConfigError
 class CheckpointConfig:
     """A checkpoint every `every` steps; the newest `keep_last` stay, and for ever those whose step `keep_every` divides.
 
-    What no longer stays is removed when the next save begins or the run ends.
+    What no longer stays is removed when the next save begins or the run ends. Saves that fail are said and made up for
+    by the next; `patience` of them in a row end the run. They are counted, not timed: a count is the same on every
+    process, where clocks would let one process go on and another end.
     """
 
     every: int = 1000  # steps
     keep_last: int = 3
     keep_every: int = 0  # steps; 0: none stays for ever
     deadline_seconds: float = 1800.0  # for one save, one restore and each wait within them
+    patience: int = 3  # saves in a row
 
     def __post_init__(self) -> None:
-        least = {"every": 1, "keep_last": 1, "keep_every": 0, "deadline_seconds": 1}
+        least = {"every": 1, "keep_last": 1, "keep_every": 0, "deadline_seconds": 1, "patience": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"checkpoint.{name} = {getattr(self, name)} is too small.", rule=f"at least {bound}")

@@ -17,11 +17,16 @@ from jaxtrain.resilience.health import Rewind
 
 @dataclass(frozen=True)
 class Start:
-    """A good state and what was kept with it: `step` completed updates, `data` the JSON that was saved beside it."""
+    """A good state and what was kept with it: `step` completed updates, `data` the JSON that was saved beside it.
+
+    `tier`: "snapshot" or "checkpoint", and `why` that one in words; "" for a state that was drawn.
+    """
 
     state: Any
     step: int
     data: Mapping[str, Any] = field(default_factory=dict)
+    tier: str = ""
+    why: str = ""
 
 
 def roll_back(

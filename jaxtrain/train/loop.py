@@ -4,11 +4,11 @@ The contract, for every update n:
   1. take batch n, which the loader's thread has made
   2. dispatch update n; the call returns at once
   3. read the metrics of update n - 1: the host waits for that one only, while the device works on n
-  4. copies that differ and numbers gone wrong end the loop, where the run's policy does not go on; a save that failed
-     ends the run; a stop that any process asked for ends the loop after n
-  5. where an evaluation, a save or the end follows update n, read its metrics too, so that the row stands before the
-     evaluation's row and a bad state is never saved; a comparison of copies comes before that
-  6. evaluate, then save, so that a checkpoint of step n implies that all rows up to n are on disk
+  4. copies that differ and numbers gone wrong end the loop, where the run's policy does not go on; saves that failed too
+     often in a row end the run; a stop that any process asked for ends the loop after n
+  5. where an evaluation, a snapshot, a save or the end follows update n, read its metrics too, so that the row stands
+     before the evaluation's row and a bad state is never saved; a comparison of copies comes before that
+  6. evaluate, then take a snapshot, then save, so that either of step n implies that all rows up to n are on disk
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ class Loop:
     clock: StepClock
     evaluate: Callable[[int, State], None]
     save: Callable[[int, State], None]
-    check_save: Callable[[], None]  # raises what went wrong with a save in the background
+    check_save: Callable[[], dict[str, int]]  # fields of the row; raises where too many saves have failed
     last_good: Callable[[], str]  # the newest checkpoint, in words
     beat: Callable[[str, int], None]  # tells the supervisor what the loop does now, and how many updates are done
     judge: Judge
     compare: Callable[[State], Any]
     agreed: Callable[[int], None]
     say: Callable[[str], None]
+    snapshot: Callable[[int, State], None] | None = None
 
     def run(self, state: State, batches: Iterable[tuple[int, Any]], first_step: int) -> tuple[State, int]:
         """Trains from `first_step` completed updates to the end or a stop. -> (state, the signal that stopped it or 0).
@@ -94,7 +95,7 @@ class Loop:
         return state, self._stopped
 
     def _due(self, done: int) -> bool:
-        return self._keeps(done) or self._evaluates(done)
+        return self._keeps(done) or self._evaluates(done) or self._snapshots(done)
 
     def _evaluates(self, done: int) -> bool:
         evaluation = self.config.eval
@@ -105,19 +106,28 @@ class Loop:
         return last or _every(self.config.checkpoint.every, done)
 
     def _compares(self, done: int) -> bool:
-        """Before whatever follows an update too: then a checkpoint is of a step at which all copies agreed."""
+        """Before whatever follows an update too: then what is kept is of a step at which all copies agreed."""
         every = self.config.health.hash_every
         return every > 0 and (_every(every, done) or self._due(done))
 
+    def _snapshots(self, done: int) -> bool:
+        return self.snapshot is not None and _every(self.config.snapshot.every, done)
+
     def _after(self, done: int, state: State) -> None:
-        if self._evaluates(done):
+        evaluates, saves, snapshots = self._evaluates(done), self._keeps(done), self._snapshots(done)
+        if evaluates:
             self.beat("evaluate", done)
             self.evaluate(done, state)
-        if self._keeps(done):
-            self.beat("save", done)
+        if saves or snapshots:
+            self.beat("snapshot" if snapshots else "save", done)
             self.recorder.flush()
+        if self.snapshot and snapshots:
+            self.snapshot(done, state)
+        if saves:
+            self.beat("save", done)
             self.save(done, state)
-        self.clock.restart(done)
+        if evaluates or saves:  # a snapshot is part of what its step takes
+            self.clock.restart(done)
 
     def _read(self, done: int, metrics: dict[str, Any]) -> None:
         """Waits for update `done`, judges it, writes its row if one is due."""
@@ -131,8 +141,7 @@ class Loop:
         if skipped:
             metrics = {name: value for name, value in metrics.items() if np.isfinite(value).all()}
         if skipped or done % self.config.log_every == 0 or done == self.config.steps:
-            self.recorder.write(done, metrics | self.clock.tick(done))
-            self.check_save()
+            self.recorder.write(done, metrics | self.clock.tick(done) | self.check_save())
         elif done == self._first + 1:
             self.clock.restart(done)  # the first update held the compilation
 

@@ -29,10 +29,12 @@ from jaxtrain.observe.plot import plot_loss
 from jaxtrain.observe.recorder import Recorder, StepClock
 from jaxtrain.observe.throughput import peak_flops
 from jaxtrain.resilience import pulse as pulses
+from jaxtrain.resilience import tiers
 from jaxtrain.resilience.corruption import Copies
 from jaxtrain.resilience.health import Judge, Rewind
 from jaxtrain.resilience.replay import recompute
 from jaxtrain.resilience.rollback import Start, roll_back
+from jaxtrain.resilience.snapshots import Snapshots
 from jaxtrain.resilience.verified import Verified
 from jaxtrain.train.evaluate import Evaluator, open_data
 from jaxtrain.train.loop import Loop, Rewound, Unequal
@@ -80,6 +82,7 @@ class _Opened:
     whole_data: Dataset  # with nothing put aside
     evaluator: Evaluator | None
     checkpoints: Checkpoints
+    snapshots: Snapshots | None
     verified: Verified
     copies: Copies | None
     record: quarantine.Record
@@ -94,8 +97,8 @@ class _Opened:
         return self.whole_data.without(self.record)
 
     def restored(self, up_to: int | None) -> Start | None:
-        """The newest checkpoint, of step `up_to` or before; None where there is none and none was due by then."""
-        found = self.checkpoints.latest(self.blueprint.abstract, up_to)
+        """The newest state kept, of step `up_to` or before; None where there is none and none was due by then."""
+        found = tiers.restore(self.checkpoints, self.snapshots, self.blueprint.abstract, up_to)
         if found is None and up_to is not None and up_to >= self.blueprint.config.checkpoint.every:
             raise CheckpointError(
                 f"no state of step {up_to} or before is left to go back to.",
@@ -103,7 +106,7 @@ class _Opened:
                 rule="a run does not start over by itself",
                 fix="a larger checkpoint.keep_last from the start; without checkpoints in the folder the run starts over",
             )
-        return Start(found[0], found[1].step, found[1].data) if found else None
+        return found
 
     def newest(self, up_to: int) -> Start:
         """The newest good state of step `up_to` or before."""
@@ -136,11 +139,13 @@ def _run(
         opened.step  # begins to compile
     start = start or opened.fresh()
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
-    for line in _notes(config, mesh, opened, first_step):
+    for line in _notes(config, mesh, opened, start):
         _say(process, line)
     stop = StopFlag(mesh)
     stack.callback(stop.close)
     state, signal = _trained(opened, stop, start)
+    if opened.snapshots:
+        opened.snapshots.discard()
     pulse.beat("end", int(state.step))
     if signal:
         _say(process, f"stopped by {Signals(signal).name} at step {int(state.step)}; the same command continues")
@@ -164,7 +169,8 @@ def _open(
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
     stack.callback(checkpoints.close)
     copies = Copies(blueprint) if every else None
-    return _Opened(process, pulse, blueprint, data, evaluator, checkpoints, verified, copies, record)
+    snapshots = tiers.opened(config)
+    return _Opened(process, pulse, blueprint, data, evaluator, checkpoints, snapshots, verified, copies, record)
 
 
 def _trained(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
@@ -197,13 +203,18 @@ def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
         def evaluate(step: int, state: State) -> None:
             recorder.write(step, opened.evaluator(state.params))
 
-        def save(step: int, state: State) -> None:
+        def position(step: int) -> dict[str, Any]:
             memory = judge.memory()
-            position = data.position(step) | ({"health": memory} if memory else {})
-            checkpoints.save(step, state, config=encode(config), data=position, letters=opened.blueprint.letters)
+            return data.position(step) | ({"health": memory} if memory else {})
+
+        def save(step: int, state: State) -> None:
+            checkpoints.save(step, state, config=encode(config), data=position(step), letters=opened.blueprint.letters)
+
+        def snapshot(step: int, state: State) -> None:
+            opened.snapshots.save(step, state, data=position(step))
 
         def last_good() -> str:
-            checkpoints.wait()
+            checkpoints.settle()
             step = checkpoints.newest()
             return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
 
@@ -224,7 +235,11 @@ def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
             compare=opened.copies and opened.copies.compare,
             agreed=opened.verified.agree,
             say=lambda line: _say(opened.process, line),
+            snapshot=opened.snapshots and snapshot,
         )
+        if start.tier == "snapshot" and start.step >= config.steps:
+            opened.pulse.beat("save", start.step)
+            save(start.step, start.state)  # killed in its last save: memory alone has the end
         state, signal = loop.run(start.state, loader, start.step)
         opened.pulse.beat("save", int(state.step))
         checkpoints.wait()
@@ -271,7 +286,9 @@ def _corrupted(opened: _Opened, step: int) -> CorruptionError:
     )
 
 
-def _notes(config: RunConfig, mesh: Mesh, opened: _Opened, first_step: int) -> Iterator[str]:
+def _notes(config: RunConfig, mesh: Mesh, opened: _Opened, start: Start) -> Iterator[str]:
+    if opened.snapshots and start.why:
+        yield start.why
     if runs_pipeline(config, mesh.shape):
         yield describe(config, mesh.shape)
     if opened.copies and opened.copies.num_alone:
@@ -279,8 +296,8 @@ def _notes(config: RunConfig, mesh: Mesh, opened: _Opened, first_step: int) -> I
         yield f"copies are compared of {compared} of {compared + opened.copies.num_alone} arrays: this mesh holds no two of the others"
     if opened.record:
         yield f"put aside by {len(opened.record)} events: {sum(len(e.examples) for e in opened.record)} examples"
-    if first_step >= config.steps:
-        yield f"nothing to train: the run stands at step {first_step} of {config.steps}"
+    if start.step >= config.steps:
+        yield f"nothing to train: the run stands at step {start.step} of {config.steps}"
 
 
 def _check_data(config: RunConfig, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -204,7 +204,7 @@ def test_a_write_that_the_disk_refuses_is_an_error_and_leaves_nothing(saved):
 
 @pytest.mark.parametrize("call", ["save", "wait", "check", "latest", "close"])
 def test_a_failure_in_the_background_surfaces_once_at_the_next_call(opened, monkeypatch, call):
-    checkpoints, state, end = opened(), {"x": jnp.ones(2)}, storage.end_write
+    checkpoints, state, end = opened(patience=1), {"x": jnp.ones(2)}, storage.end_write
 
     def refuse(*args):
         end(*args)

@@ -1,0 +1,60 @@
+"""What is said of saves that fail, or that succeed and show something strange. It decides nothing."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxtrain.checkpoint.manifest import in_words
+from jaxtrain.cluster import few
+from jaxtrain.errors import CheckpointError
+
+
+def warn_of_unequal_copies(step: int, hashes: Mapping[str, list[str]]) -> None:
+    """Devices that should hold the same bits do not: a failing device, or kernels that are not deterministic."""
+    unequal = [name for name, copies in hashes.items() if len({*copies}) > 1]
+    if unequal:
+        what = f"the copies of {few(unequal)} on different devices differ; the first is saved"
+        print(f"step {step}: {what}", file=sys.stderr, flush=True)
+
+
+def failed(error: CheckpointError, count: int, patience: int) -> None:
+    """Loud, as nothing else will stop for it yet."""
+    goes_on = f"the run goes on until {patience} have failed in a row (checkpoint.patience)"
+    print(f"SAVE FAILED, {count} in a row; {goes_on}: {error}", file=sys.stderr, flush=True)
+
+
+def unusable(what: str, error: Exception, directory: Path, seconds: float) -> CheckpointError:
+    """A folder that cannot be written, has no room, or does not answer."""
+    if isinstance(error, TimeoutError):
+        got, rule = f"no answer from {directory} in {seconds:.0f} s", "the file system answers within checkpoint.deadline_seconds"
+        return CheckpointError(what, got=got, rule=rule, fix="look at the file system and its server, or another --runs-dir")
+    full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return CheckpointError(
+        what,
+        got=in_words(error),
+        rule="the disk has room for one checkpoint more than are kept" if full else f"{directory} can be written",
+        fix="free space, or a smaller checkpoint.keep_last" if full else "give write permission, or another --runs-dir",
+    )
+
+
+def too_slow(step: int, directory: Path, seconds: float) -> CheckpointError:
+    """A save that was given up at its deadline."""
+    return CheckpointError(
+        f"the checkpoint of step {step} was not saved in time.",
+        got=f"{seconds:.0f} s, and the disk under {directory} has not taken it",
+        rule="a save ends within checkpoint.deadline_seconds",
+        fix="a faster disk, or a larger checkpoint.deadline_seconds",
+    )
+
+
+def not_begun(step: int, waiting: Mapping[int, str]) -> CheckpointError:
+    """`waiting`: by process, what it still writes."""
+    return CheckpointError(
+        f"the checkpoint of step {step} was not begun.",
+        got=f"process {few(list(waiting))} is still busy with {next(iter(waiting.values()))}",
+        rule="one save at a time",
+        fix="a faster disk, or a larger checkpoint.every",
+    )

@@ -1,0 +1,59 @@
+"""How often snapshots are taken, where they lie and what they may cost a host: a config value and the rule. It writes no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtrain.errors import ConfigError
+
+FOLDER = "JAXTRAIN_SNAPSHOTS"  # the variable by which a supervisor names its folder in memory
+SLOTS = 2  # the newest whole one, and the one being written
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotConfig:
+    """A snapshot of the state in host memory every `every` steps, where a supervisor has named a folder for it.
+
+    A host holds two of its own at a time, and two of its buddy's. Where that is more than `memory_gb`, or than the
+    folder has room for, none are taken, and the run says so.
+    """
+
+    every: int = 20  # steps; 0: none. at 500 ms a step 100 MB cost 0.4 % (benchmarks/snapshots.py)
+    memory_gb: float | None = None  # of one host; None: half of what is free in the folder
+    buddies: bool = True  # another host, where there is one, keeps a copy
+    folder: str | None = None  # on a local disk, instead of the supervisor's in memory; each run has its own within it
+    deadline_seconds: float = 60.0  # for one snapshot to be written, copied to the buddy and agreed on
+
+    def __post_init__(self) -> None:
+        for name in ("every", "memory_gb"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"snapshot.{name} = {value} is out of range.", rule="zero or a positive number")
+        if not self.deadline_seconds >= 1:
+            raise ConfigError(f"snapshot.deadline_seconds = {self.deadline_seconds} is too small.", rule="at least 1")
+
+
+def place(config: SnapshotConfig, run: str, environment: Mapping[str, str]) -> Path | None:
+    """The folder of this host's snapshots of the run of this name; None where there are none."""
+    if config.every == 0 or not environment.get(FOLDER):
+        return None
+    return Path(config.folder).absolute() / run if config.folder else Path(environment[FOLDER]).absolute() / "snapshots"
+
+
+def too_large(config: SnapshotConfig, hosts: list[str], room: list[int], sizes: list[int]) -> list[str]:
+    """A line for each host whose budget the snapshots exceed, in bytes; host, room and a snapshot's size by process."""
+    own = {host: sum(size for size, other in zip(sizes, hosts) if other == host) for host in hosts}
+    room_of = {host: min(free for free, other in zip(room, hosts) if other == host) for host in hosts}
+    lines = []
+    for host in own:
+        theirs = max((own[other] for other in own if other != host), default=0) if config.buddies else 0
+        needed = SLOTS * (own[host] + theirs)
+        if needed > room_of[host]:
+            copies = f" + {SLOTS} x {theirs / 1e9:.3f} GB of its buddy's" if theirs else ""
+            lines.append(
+                f"{host}: {SLOTS} x {own[host] / 1e9:.3f} GB{copies} = {needed / 1e9:.3f} GB, "
+                f"budget {room_of[host] / 1e9:.3f} GB"
+            )
+    return lines

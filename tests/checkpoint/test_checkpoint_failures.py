@@ -1,0 +1,212 @@
+"""Saves that fail: training goes on while the patience lasts, and says so; file systems that are full, read-only, silent."""
+
+import shutil
+import subprocess
+import threading
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from jaxtrain.checkpoint import CheckpointConfig, Checkpoints, files, manifest, peers, save, storage
+from jaxtrain.errors import CheckpointError, ConfigError
+
+NOTE = dict(config={}, data={})
+STATE = {"x": jnp.ones(1 << 10)}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 4 MB, that can be filled and made read-only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def remount(disk, mode):
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], check=True)
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """A switch: while it is set, writes fail."""
+    refuse, end = threading.Event(), storage.end_write
+
+    def end_write(*args):
+        end(*args)
+        if refuse.is_set():
+            raise OSError("the disk is gone")
+
+    monkeypatch.setattr(storage, "end_write", end_write)
+    return refuse
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """While it is set, whoever writes waits; a disk that does not answer."""
+    stalled, answers, begin = threading.Event(), threading.Event(), storage.begin_write
+
+    def begin_write(*args):
+        if stalled.is_set():
+            assert answers.wait(60)
+        return begin(*args)
+
+    monkeypatch.setattr(storage, "begin_write", begin_write)
+    monkeypatch.setattr(save, "_SLACK_SECONDS", 0.1)
+    monkeypatch.setattr(save, "_WAIT_SECONDS", 0.1)
+    stalled.answer = answers.set
+    yield stalled
+    answers.set()
+
+
+def saved(checkpoints, step):
+    checkpoints.save(step, STATE, **NOTE)
+    checkpoints.settle()
+
+
+def test_saves_that_fail_are_said_and_counted_and_a_good_one_ends_the_count(opened, refusing, capsys):
+    checkpoints = opened(patience=3)
+    refusing.set()
+    for step in (1, 2):
+        saved(checkpoints, step)
+        assert checkpoints.check() == {"checkpoint/failed_saves": step}
+    said = capsys.readouterr().err
+    assert said.count("SAVE FAILED") == 2 and "2 in a row" in said and "the disk is gone" in said
+    refusing.clear()
+    saved(checkpoints, 3)
+    assert checkpoints.check() == {} and checkpoints.steps() == [3]
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+@pytest.mark.parametrize("call", ["save", "check"])
+def test_the_run_ends_when_the_patience_runs_out(opened, refusing, patience, call):
+    checkpoints = opened(patience=patience)
+    refusing.set()
+    for step in range(1, patience + 1):
+        saved(checkpoints, step)
+    with pytest.raises(CheckpointError, match=f"step {patience} was not saved(.|\n)*the disk is gone"):
+        checkpoints.check() if call == "check" else checkpoints.save(9, STATE, **NOTE)
+
+
+def test_the_last_save_of_all_must_succeed_whatever_the_patience(opened, refusing):
+    checkpoints = opened(patience=99)
+    refusing.set()
+    checkpoints.save(1, STATE, **NOTE)
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        checkpoints.wait()
+
+
+def test_a_patience_below_one_is_refused():
+    with pytest.raises(ConfigError, match="patience = 0"):
+        CheckpointConfig(patience=0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's: its other writes outlive its loop
+def test_a_disk_that_fills_up_fails_the_save_leaves_the_one_before_and_takes_the_next(disk, monkeypatch, capsys):
+    checkpoints = Checkpoints(disk / "checkpoints", CheckpointConfig(deadline_seconds=30))
+    saved(checkpoints, 1)
+    (disk / "other").write_bytes(b"x" * (shutil.disk_usage(disk).free - (1 << 19)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))  # it fills up later
+    checkpoints.save(2, {"x": jnp.ones(1 << 18)}, **NOTE)
+    checkpoints.settle()
+    assert "free space, or a smaller checkpoint.keep_last" in capsys.readouterr().err
+    assert checkpoints.steps() == [1] and files.unfinished(checkpoints.directory) == []
+    (disk / "other").unlink()
+    saved(checkpoints, 3)
+    assert checkpoints.latest({"x": jnp.zeros(1 << 10)})[1].step == 3
+    checkpoints.close()
+
+
+def test_a_disk_that_becomes_read_only_fails_the_save_and_leftovers_go_when_it_is_back(disk, monkeypatch, capsys):
+    checkpoints = Checkpoints(disk / "checkpoints", CheckpointConfig(deadline_seconds=30))
+    saved(checkpoints, 1)
+    end = storage.end_write
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "end_write", lambda *args: (end(*args), remount(disk, "ro")))
+        saved(checkpoints, 2)
+    saved(checkpoints, 3)
+    said = capsys.readouterr().err
+    assert said.count("SAVE FAILED") == 2 and "Read-only file system" in said and "give write permission" in said
+    assert [path.name for path in files.leftovers(checkpoints.directory)] == ["2.saving"]
+    remount(disk, "rw")
+    saved(checkpoints, 4)
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["1", "4"]
+    checkpoints.close()
+
+
+def test_a_disk_that_does_not_answer_never_holds_the_loop_for_long(opened, silent, capsys):
+    checkpoints = opened(deadline_seconds=5)
+    saved(checkpoints, 1)
+    silent.set()
+    begun = time.monotonic()
+    checkpoints.save(2, STATE, **NOTE)
+    checkpoints.save(3, STATE, **NOTE)
+    assert time.monotonic() - begun < 4
+    said = capsys.readouterr().err
+    assert "step 3 was not begun" in said and "that of step 2" in said and checkpoints.check() == {}
+    checkpoints.settle()  # gives it up
+    checkpoints.save(4, STATE, **NOTE)
+    said = capsys.readouterr().err
+    assert "step 2 was not saved in time" in said and "a save that was given up" in said
+    assert checkpoints.check() == {"checkpoint/failed_saves": 2}
+    silent.clear()
+    silent.answer()
+    assert checkpoints._stuck.exception(30) is not None
+    saved(checkpoints, 5)
+    assert checkpoints.check() == {} and checkpoints.steps() == [1, 5]
+    saved(checkpoints, 6)  # what the late thread still wrote goes with the saves after it
+    assert files.unfinished(checkpoints.directory) == []
+
+
+def test_a_disk_that_does_not_answer_before_the_state_is_read_gives_the_state_back(opened, monkeypatch):
+    """On accelerators the state is read by the thread that writes: the loop waits for it, and does not wait long."""
+    answers, begun = threading.Event(), threading.Event()
+    monkeypatch.setattr(save, "on_cpu", lambda arrays: False)
+    monkeypatch.setattr(save, "_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda *args: answers.wait(60))
+    monkeypatch.setattr(storage, "begin_write", lambda *args: begun.set())
+    checkpoints = opened(deadline_seconds=30)
+    start = time.monotonic()
+    checkpoints.save(1, STATE, **NOTE)
+    assert time.monotonic() - start < 5
+    answers.set()
+    with pytest.raises(CheckpointError, match="step 1 was not saved in time"):
+        checkpoints.wait()
+    assert not begun.is_set()
+
+
+@pytest.mark.parametrize("place", [(files, "leftovers"), (manifest, "read"), (files, "steps")], ids=["opening", "manifest", "list"])
+def test_a_file_system_that_does_not_answer_a_start_is_given_up_and_named(opened, folder, monkeypatch, place):
+    answers = threading.Event()
+    saved(opened(deadline_seconds=30), 1)
+    monkeypatch.setattr(*place, lambda *args: answers.wait(60))
+    begun = time.monotonic()
+    with pytest.raises(CheckpointError, match="1 s|did not answer") as error:
+        opened(deadline_seconds=1).latest(STATE)
+    answers.set()
+    monkeypatch.undo()
+    assert time.monotonic() - begun < 10 and str(folder) in str(error.value)
+
+
+def test_a_newest_step_that_vanishes_while_it_is_looked_for_is_passed_by(opened, monkeypatch):
+    checkpoints = opened()
+    for step in (1, 2):
+        saved(checkpoints, step)
+    shutil.rmtree(checkpoints.directory / "2" / "state")
+    assert checkpoints.latest(STATE)[1].step == 1
+    (checkpoints.directory / "2" / "manifest.json").unlink()
+    assert opened().latest(STATE)[1].step == 1
+
+
+def test_processes_that_do_not_report_are_all_named_with_their_hosts(monkeypatch):
+    told = {"checkpoint/hosts/1": "node-b", "checkpoint/hosts/2": "node-c", "key/0": "{}"}
+    monkeypatch.setattr(peers.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(peers.coordination, "get", lambda key, seconds: told.get(key))
+    monkeypatch.setattr(
+        peers.coordination, "under", lambda prefix: {k.removeprefix(f"{prefix}/"): v for k, v in told.items() if k.startswith(prefix)}
+    )
+    with pytest.raises(CheckpointError, match=r"process 1 \(node-b\), 2 \(node-c\) did not report"):
+        peers._reports("key", save.Deadline(1))
