@@ -16,6 +16,7 @@ from tests.tiny import TINY
 from jaxtrain.checkpoint import CheckpointConfig
 from jaxtrain.config import load
 from jaxtrain.resilience import slots, tiers
+from jaxtrain.resilience.health import Judge
 from jaxtrain.resilience.policy import SnapshotConfig
 from jaxtrain.train.loop import Loop
 
@@ -65,7 +66,12 @@ def looped(wired, **fields):
     def taken(kind):
         return lambda done, state: log.lines.append(f"{kind} {done}")
 
-    loop = Loop(config, step, log, log, log, None, taken("save"), dict, str, lambda *now: None, taken("snapshot") if wired else None)
+    def silent(*args):
+        return None
+
+    quiet = dict(last_good=str, beat=silent, judge=Judge(config.health), compare=silent, agreed=silent, say=silent)
+    hooks = dict(evaluate=silent, save=taken("save"), check_save=dict, snapshot=taken("snapshot") if wired else None)
+    loop = Loop(config=config, step=step, stop=log, recorder=log, clock=log, **hooks, **quiet)
     loop.run(0, [(i, None) for i in range(6)], 0)
     return log.lines
 
