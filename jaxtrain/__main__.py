@@ -8,7 +8,7 @@ import sys
 
 VERBS = {
     "train": ("jaxtrain.train.command", "train a config; the same command resumes"),
-    "launch": ("jaxtrain.launch.local", "train a config with several local processes"),
+    "launch": ("jaxtrain.launch.command", "train a config with several processes, here, by Slurm or by Kubernetes"),
     "show": ("jaxtrain.show", "print every value of a config and where it comes from"),
     "sample": ("jaxtrain.sample", "write text with a run's newest checkpoint"),
     "data": ("jaxtrain.data.command", "prepare, verify and list training data"),
@@ -19,14 +19,15 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line; returns the exit code. 2: the user's input; 1: what the machine did; 76: corrupted memory."""
+    """Runs one command line; returns the exit code, one of exits.py."""
     from jaxtrain.errors import ConfigError, LayoutError, UserError, closest
+    from jaxtrain.exits import Exit
 
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_usage())
-            code = 0
+            code = Exit.DONE
         elif argv[0] in VERBS:
             code = importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
         else:
@@ -35,16 +36,17 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # who reads has left: `jaxtrain show CONFIG | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a shell counts SIGPIPE
+        return Exit.UNREAD
     except UserError as error:
         runtime = sys.modules.get("jaxtrain.runtime")  # where there may be several processes
         sys.stdout.flush()
         print(f"{runtime.place() if runtime else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if runtime:
             runtime.last_words()
-        return getattr(error, "exit_code", 2 if type(error) in (ConfigError, LayoutError, UserError) else 1)
+        misused = type(error) in (ConfigError, LayoutError, UserError)
+        return getattr(error, "exit_code", Exit.MISUSED if misused else Exit.FAILED)
     except KeyboardInterrupt:
-        return 130
+        return Exit.INTERRUPTED
 
 
 def _usage() -> str:

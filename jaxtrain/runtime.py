@@ -279,6 +279,7 @@ def _join(me: Member, deadline_s: float) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # two programs in flight meet gloo in either order, and hang
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from train/notice.py
     try:
         if not me.hosted:
             return coordination.connect(me.coordinator, me.count, me.index, deadline_s)

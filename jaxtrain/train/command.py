@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxtrain.command import parse
+from jaxtrain.train.notice import Notice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +19,11 @@ def main(argv: list[str]) -> int:
     """jaxtrain train CONFIG [--fake-devices N] [--accept-changes] [overrides of the config]"""
     call = parse("jaxtrain train", Options, argv, doc=main.__doc__)
     config = call.load()
+    with Notice() as notice:
+        from jaxtrain import runtime
 
-    from jaxtrain import runtime
+        process = runtime.start(fake_devices=call.process.fake_devices, xla=config.xla)
 
-    process = runtime.start(fake_devices=call.process.fake_devices, xla=config.xla)
+        from jaxtrain.train.run import train  # after start: it imports jax with the platform chosen
 
-    from jaxtrain.train.run import train  # after start: it imports jax with the platform chosen
-
-    return train(config, process, accept_changes=call.options.accept_changes)
+        return train(config, process, notice, accept_changes=call.options.accept_changes)

@@ -133,6 +133,7 @@ class Loop:
         """Waits for update `done`, judges it, writes its row if one is due."""
         metrics = jax.device_get(metrics)
         self._stopped = max(self._stopped, int(metrics.pop("stop")))
+        self.stop.agreed(self._stopped)
         if "copies" in metrics:
             if metrics.pop("copies"):
                 raise Unequal(done)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from signal import Signals
+from signal import SIGTERM, Signals
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jaxtrain.cluster import few
 from jaxtrain.config import RunConfig, encode, flatten
 from jaxtrain.data import Dataset, Loader, quarantine
 from jaxtrain.errors import CheckpointError, CorruptionError, RunError
+from jaxtrain.exits import Exit
 from jaxtrain.layout import check_layout, runs_pipeline
 from jaxtrain.observe.folder import RunFolder
 from jaxtrain.observe.log import process_log
@@ -39,6 +40,7 @@ from jaxtrain.resilience.verified import Verified
 from jaxtrain.train.evaluate import Evaluator, open_data
 from jaxtrain.train.loop import Loop, Rewound, Unequal
 from jaxtrain.train.pipeline import describe
+from jaxtrain.train.notice import Notice
 from jaxtrain.train.signals import StopFlag
 from jaxtrain.train.state import Blueprint, State
 from jaxtrain.train.step import compiled_ahead
@@ -55,8 +57,8 @@ class Finished:
     evaluation: dict[str, float]
 
 
-def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool = False) -> int:
-    """Trains or resumes; returns 0, or 128 + the signal that stopped it. Every process of the run calls it."""
+def train(config: RunConfig, process: runtime.Process, notice: Notice, *, accept_changes: bool = False) -> Exit:
+    """Trains or resumes; DONE, PREEMPTED or INTERRUPTED. Every process of the run calls it."""
     pulse = pulses.mine()
     check_layout(config, len(runtime.devices()))
     mesh = meshes.make(config.mesh, runtime.devices())
@@ -69,7 +71,7 @@ def train(config: RunConfig, process: runtime.Process, *, accept_changes: bool =
             stack.callback(folder.close)
         runtime.barrier("run folder", deadline_s=300)
         stack.enter_context(process_log(config.run_dir, process.index))
-        return _run(config, mesh, process, stack, accept_changes, pulse)
+        return _run(config, mesh, process, notice, stack, accept_changes, pulse)
 
 
 @dataclass
@@ -122,8 +124,14 @@ class _Opened:
 
 
 def _run(
-    config: RunConfig, mesh: Mesh, process: runtime.Process, stack: ExitStack, accept_changes: bool, pulse: pulses.Pulse
-) -> int:
+    config: RunConfig,
+    mesh: Mesh,
+    process: runtime.Process,
+    notice: Notice,
+    stack: ExitStack,
+    accept_changes: bool,
+    pulse: pulses.Pulse,
+) -> Exit:
     pulse.beat("restore", 0)
     if runs_pipeline(config, mesh.shape):
         runtime.compile_anew_on_cpu()
@@ -141,7 +149,7 @@ def _run(
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
     for line in _notes(config, mesh, opened, start):
         _say(process, line)
-    stop = StopFlag(mesh)
+    stop = StopFlag(mesh, notice)
     stack.callback(stop.close)
     state, signal = _trained(opened, stop, start)
     if opened.snapshots:
@@ -149,12 +157,12 @@ def _run(
     pulse.beat("end", int(state.step))
     if signal:
         _say(process, f"stopped by {Signals(signal).name} at step {int(state.step)}; the same command continues")
-        return 128 + signal
+        return Exit.PREEMPTED if signal == SIGTERM else Exit.INTERRUPTED
     stop.close()
     evaluator = opened.evaluator
     evaluation = evaluator(state.params) if evaluator else {}
     _end(process, Finished(opened.blueprint, state.params, opened.data, evaluator and evaluator.data, evaluation))
-    return 0
+    return Exit.DONE
 
 
 def _open(

@@ -1,43 +1,36 @@
-"""Ctrl-C and SIGTERM as a flag that travels through the step, so that all processes stop after the same update."""
+"""What one process hears (notice.py) as a flag that travels through the step, so that all stop after the same update."""
 
 from __future__ import annotations
-
-import os
-import signal
-from types import FrameType
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 import meshes
+from jaxtrain.train.notice import HEARD, Notice
 
 
 class StopFlag:
-    """Catches the first SIGINT or SIGTERM; a second one ends the process where it stands, with 128 + its number."""
+    """While it is open, a signal waits until the state is saved."""
 
-    def __init__(self, mesh: Mesh):
-        self._sharding = meshes.per_device(mesh)
-        self._count, self._signal = mesh.devices.size, 0
-        self._flags = self._array()
-        self._old = {number: signal.signal(number, self._caught) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __init__(self, mesh: Mesh, notice: Notice):
+        self._notice, sharding = notice, meshes.per_device(mesh)
+
+        def array(number: int) -> jax.Array:
+            values = np.full(mesh.devices.size, number, np.int32)
+            return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+        self._flags = {number: array(number) for number in (0, *HEARD)}
+        notice.guard()
 
     def flags(self) -> jax.Array:
-        """int32, one per device of the mesh: the signal that this process caught, or 0."""
-        return self._flags
+        """int32, one per device of the mesh: the signal that this process heard, or 0."""
+        return self._flags[self._notice.signal]
+
+    def agreed(self, number: int) -> None:
+        """All processes know by now that they stop, and why."""
+        self._notice.agreed(number)
 
     def close(self) -> None:
-        """Signals act again as before."""
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _caught(self, number: int, frame: FrameType | None) -> None:
-        print(f"{signal.Signals(number).name}: saving and stopping after this step; again to stop at once", flush=True)
-        self._signal = number
-        for each in self._old:
-            signal.signal(each, lambda number, frame: os._exit(128 + number))
-        self._flags = self._array()
-
-    def _array(self) -> jax.Array:
-        values = np.full(self._count, self._signal, np.int32)
-        return jax.make_array_from_callback(values.shape, self._sharding, lambda index: values[index])
+        """The state is saved: a signal acts at once."""
+        self._notice.release()

@@ -1,0 +1,20 @@
+"""The numbers that a process ends with, and what each tells whoever started it. It ends nothing."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """0 to 2 and 130 as every shell knows them; 74 and 75 are EX_IOERR and EX_TEMPFAIL of BSD's sysexits.h."""
+
+    DONE = 0
+    FAILED = 1  # what the machine did; the same command may succeed
+    MISUSED = 2  # the user's input; the same command fails again
+    UNSAVED = 74  # SIGTERM or a notice, and no checkpoint within the grace: the same command resumes from the one before
+    PREEMPTED = 75  # SIGTERM or a notice, all of it saved: the same command resumes at this step
+    INTERRUPTED = 130  # Ctrl-C: saved after the first, not after the second
+    UNREAD = 141  # whoever read the output has left, as a shell counts SIGPIPE
+
+
+AGAIN = (Exit.UNSAVED, Exit.PREEMPTED)  # a cluster manager may run the same command again, and count no failure
