@@ -117,18 +117,20 @@ def test_a_run_killed_twenty_times_equals_one_that_was_not(place, undisturbed):
     assert (_rows(place, "killed20"), _hash(place, "killed20")) == undisturbed
 
 
-def test_ctrl_c_saves_and_stops_and_the_same_command_continues(place, undisturbed):
-    process = _start(place, "interrupted")
-    _when_past(place, "interrupted", process, 60)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)], ids=["ctrl-c", "sigterm"])
+def test_a_signal_saves_and_stops_and_the_same_command_continues(place, undisturbed, number, expected):
+    name = f"stopped{expected}"
+    process = _start(place, name)
+    _when_past(place, name, process, 60)
+    process.send_signal(number)
     code, out = _finish(process)
-    assert code == 128 + signal.SIGINT, out
+    assert code == expected, out
     assert "the same command continues" in out
-    stopped = _step(place, "interrupted")
-    assert (place[0] / f"runs/interrupted/checkpoints/{stopped}/manifest.json").exists()
-    code, out = _finish(_start(place, "interrupted"))
+    stopped = _step(place, name)
+    assert (place[0] / f"runs/{name}/checkpoints/{stopped}/manifest.json").exists()
+    code, out = _finish(_start(place, name))
     assert f"resumed at step {stopped}" in out
-    assert (_rows(place, "interrupted"), _hash(place, "interrupted")) == undisturbed
+    assert (_rows(place, name), _hash(place, name)) == undisturbed
 
 
 def test_a_second_ctrl_c_stops_at_once(place):
@@ -141,7 +143,7 @@ def test_a_second_ctrl_c_stops_at_once(place):
             break
     begin = time.monotonic()
     code, out = _finish(process)
-    assert code == 128 + signal.SIGINT
+    assert code == 130
     assert time.monotonic() - begin < 5
     assert "the same command continues" not in out
 
