@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxtrain.command import Call, parse
 from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError, RunError
-from jaxtrain.exits import AGAIN
+from jaxtrain.exits import AGAIN, Exit
 from jaxtrain.launch import job
 
 SUBMIT_S = 60.0  # for sbatch; a controller that is busy answers within its MessageTimeout, 10 s by default
@@ -35,14 +35,25 @@ SCRIPT = """\
 # Slurm itself sends it, and SIGKILL follows after KillWait (scontrol show config) or the partition's GraceTime.
 export JAXTRAIN_GRACE_SECONDS={grace}
 
+newest() {{ ls {checkpoints} 2>/dev/null | grep -x '[0-9]*' | sort -n | tail -n 1; }}
+before=$(newest)
+
 # A task per host. It saves after SIGTERM: no task is killed because another has left before it.
 srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait={last} --label \\
     {command}
 code=$?
-case $code in {again})  # preempted: the same job again. After scancel this script is dead by now
-    echo "preempted, exit code $code: queued again"
-    scontrol requeue "$SLURM_JOB_ID" ;;
+
+# The same job again. After scancel this script is dead by now; a host that Slurm finds gone it queues again itself.
+why=
+case $code in
+    {again}) why="preempted" ;;
+    {done} | {misused}) ;;
+    *) [[ $(newest) == "$before" ]] || why="failed after a new checkpoint" ;;  # without one it would fail again
 esac
+if [[ $why ]]; then
+    echo "$why, exit code $code: queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit $code
 """
 
@@ -72,7 +83,10 @@ def script(call: Call, config: RunConfig, argv: Sequence[str]) -> str:
         command=" \\\n        ".join(shlex.join(words) for words in _lines(command)),
         grace=call.options.grace_seconds,
         last=LAST_S,
+        checkpoints=shlex.quote(str(config.run_dir.absolute() / "checkpoints")),
         again=" | ".join(str(int(code)) for code in AGAIN),
+        done=int(Exit.DONE),
+        misused=int(Exit.MISUSED),
     )
 
 
