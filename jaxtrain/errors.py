@@ -1,5 +1,6 @@
 """The kinds of error that end a command with a message and no traceback. All share meshes' what/got/rule/fix shape."""
 
+from jaxtrain.exits import Exit
 from meshes.errors import LayoutError, UserError, closest
 
 __all__ = ["CheckpointError", "ConfigError", "CorruptionError", "DataError", "LayoutError", "NumericsError", "RunError"]
@@ -29,4 +30,4 @@ class NumericsError(UserError):
 class CorruptionError(UserError):
     """A device that computed or kept other bits than it should have. It ends a command with a code of its own."""
 
-    exit_code = 76  # so that a supervisor may put the host aside
+    exit_code = Exit.CORRUPTED  # so that a supervisor may put the host aside

@@ -6,13 +6,14 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """0 to 2 and 130 as every shell knows them; 74 and 75 are EX_IOERR and EX_TEMPFAIL of BSD's sysexits.h."""
+    """0 to 2, 130 and 141 as every shell knows them; 74 and 75 are EX_IOERR and EX_TEMPFAIL of BSD's sysexits.h."""
 
     DONE = 0
     FAILED = 1  # what the machine did; the same command may succeed
     MISUSED = 2  # the user's input; the same command fails again
     UNSAVED = 74  # SIGTERM or a notice, and no checkpoint within the grace: the same command resumes from the one before
     PREEMPTED = 75  # SIGTERM or a notice, all of it saved: the same command resumes at this step
+    CORRUPTED = 76  # memory or a device that changes bits: the same command resumes from before that, better elsewhere
     INTERRUPTED = 130  # Ctrl-C: saved after the first, not after the second
     UNREAD = 141  # whoever read the output has left, as a shell counts SIGPIPE
 

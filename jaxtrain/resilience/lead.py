@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import RunError
+from jaxtrain.exits import AGAIN, Exit
 from jaxtrain.resilience import evidence, verdict, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
@@ -31,8 +32,8 @@ SETTLE_S = 0.05  # between the first exit and the verdict: what ended with it
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
-FINAL = (2,)  # exit codes that another start would not change: the user's input
-STOPPED = (130, 143)  # of a trainer that was told to stop, and saved: SIGINT, SIGTERM
+FINAL = (Exit.MISUSED,)  # exit codes that another start would not change: the user's input
+STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
 ATTEMPTS = 5  # generations in a row without a new step
 
 
@@ -248,7 +249,8 @@ class Lead:
 
     def _forward(self, number: int, frame: object) -> None:
         self._signals.append(number)
-        self._host.signal(number if len(self._signals) == 1 else signal.SIGKILL)
+        again = len(self._signals) > 1 and number == signal.SIGINT  # cluster managers repeat SIGTERM
+        self._host.signal(signal.SIGKILL if again else number)
 
 
 def _unfinished(statuses: list[Status]) -> Verdict:
