@@ -159,7 +159,7 @@ class Cluster:
         return dict(pair.partition("=")[::2] for pair in self.says("scontrol", "show", "job", number).split())
 
     def output(self, name: str) -> str:
-        return "".join(path.read_text() for path in (self.folder / "runs" / name).glob("slurm-*.out"))
+        return "".join(path.read_text() for path in (self.folder / "runs").glob(f"{name}/slurm-*.out"))
 
     def step(self, name: str) -> int:
         """The last whole row's step, 0 before there is one."""
@@ -175,7 +175,7 @@ class Cluster:
         until(
             f"restart {restarts}",
             lambda: self.job(number)["JobState"] == "PENDING" and self.job(number)["Restarts"] == str(restarts),
-            lambda: self.output(self.job(number)["JobName"])[-3000:],
+            lambda: self.output("*")[-3000:],
         )
         self.says("scontrol", "update", f"jobid={number}", "starttime=now")
 
@@ -250,9 +250,9 @@ def test_whatever_happens_to_the_job_the_run_ends_with_the_bits_of_an_undisturbe
 
 
 def test_before_the_time_limit_the_job_saves_and_is_queued_again(cluster):
-    number = cluster.submit("--name", "limited", "--steps", "1000000", "--time", "1", "--grace-seconds", "20")
+    number = cluster.submit("--name", "time limit", "--steps", "1000000", "--time", "1", "--grace-seconds", "20")
     cluster.await_restart(number, 1)
-    assert "stopped by SIGTERM at step" in cluster.output("limited")
+    assert "stopped by SIGTERM at step" in cluster.output("time limit")
     cluster.says("scancel", number)
 
 
