@@ -26,6 +26,8 @@ class RunError(UserError):
 class NumericsError(UserError):
     """A loss or gradient that is not finite."""
 
+    exit_code = Exit.DIVERGED  # so that nobody starts it again as it is
+
 
 class CorruptionError(UserError):
     """A device that computed or kept other bits than it should have. It ends a command with a code of its own."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from jaxtrain.command import parse as parse_trainer
 from jaxtrain.errors import ConfigError, closest
 from jaxtrain.resilience import faults
-from jaxtrain.resilience.host import Host
+from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.lead import Lead
 from jaxtrain.train.command import Options as TrainerOptions
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     fake = ["--fake-devices", str(devices)] if devices else []
     changed = threading.Event()
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"JAX_PLATFORMS": "cpu"} if devices else {})
-    host = Host(["train", rest[0], *fake, *rest[1:]], options.processes, changed, env)
+    host = Host(["train", rest[0], *fake, *rest[1:]], options.processes, memory_folder(config.run_dir), changed, env)
     injected = list(options.fault)
     lead = Lead(host, config.run_dir, changed, config.watch, lambda number: faults.environment(injected, number))
     return lead.run()

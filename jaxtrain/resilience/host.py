@@ -5,6 +5,8 @@ It starts and kills what it is told to, and says what it sees. What that means, 
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +18,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from jaxtrain.errors import RunError
 from jaxtrain.resilience import pulse
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.verdict import Status
@@ -39,7 +43,8 @@ class Plan:
 
 
 class Host:
-    """To be used by the main thread alone. `argv`: the trainers' verb, CONFIG and flags; `processes`: how many run here.
+    """To be used by the main thread alone. `argv`: the trainers' verb, CONFIG and flags; `processes`: how many run here;
+    `folder`: in memory, of this run alone; snapshots that a killed supervisor left there are used by the next.
 
     `trainer` and `service` are commands that say READY and take orders; tests put small scripts in their place.
     """
@@ -48,6 +53,7 @@ class Host:
         self,
         argv: Sequence[str],
         processes: int,
+        folder: Path,
         changed: threading.Event,
         env: Mapping[str, str] = os.environ,
         trainer: Sequence[str] = TRAINER,
@@ -56,8 +62,9 @@ class Host:
         self.name, self._argv, self._env, self._changed = socket.gethostname(), list(argv), dict(env), changed
         self.processes, self._trainer, self._service = processes, trainer, service
         self._plan: Plan | None = None
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.folder = Path(tempfile.mkdtemp(prefix="jaxtrain-", dir=memory))
+        self.folder, self._lock = folder, _held(folder)
+        for old in folder.glob("*.pulse"):
+            old.unlink()
         self._trainers: list[Child] = []
         self._standbys: list[Child] = []
         self._services: list[tuple[int, int, Child]] = []  # port, for how many trainers
@@ -132,6 +139,7 @@ class Host:
         for child in children:
             child.kill(FENCE_S)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     def _beat(self, plan: Plan, local: int) -> pulse.Beat | None:
         return pulse.read(self._pulse(plan, local))
@@ -148,6 +156,32 @@ class Host:
             "JAXTRAIN_PULSE": str(self._pulse(plan, local)),
             "JAXTRAIN_SNAPSHOTS": str(self.folder),
         }
+
+
+def memory_folder(run_dir: Path) -> Path:
+    """Where a run's pulses and snapshots lie on this host: in memory where there is a tmpfs, and the same for every start."""
+    name = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16]
+    memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    return memory / f"jaxtrain-{os.getuid()}-{name}"
+
+
+def _held(folder: Path) -> IO[str]:
+    """The folder made and locked; the kernel drops the lock with the process. Raises RunError."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise RunError(f"{folder} belongs to somebody else.", rule="a run's memory is its user's own", fix=f"remove {folder}")
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise RunError(
+            "this run has a supervisor on this host already.",
+            got=f"a live process holds {folder}",
+            rule="one supervisor to a run and host",
+            fix="end it, or choose another --name",
+        ) from None
+    return lock
 
 
 def _free_port() -> int:

@@ -32,7 +32,7 @@ SETTLE_S = 0.05  # between the first exit and the verdict: what ended with it
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
-FINAL = (Exit.MISUSED,)  # exit codes that another start would not change: the user's input
+FINAL = (Exit.MISUSED, Exit.DIVERGED)  # exit codes that another start would not change
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
 ATTEMPTS = 5  # generations in a row without a new step
 
@@ -48,7 +48,8 @@ class Incident:
     noticed: float
     times: dict[str, float] = field(default_factory=dict)  # when each part of the recovery was done
     restored: int | None = None
-    tier: str = ""  # of the recovery
+    tier: str = ""  # of the recovery: which processes
+    state: str = ""  # from which tier: "snapshot" or "checkpoint"; "" from nothing
 
     def row(self) -> dict[str, Any]:
         """JSON: seconds of each part, from what ended the one before it."""
@@ -60,7 +61,7 @@ class Incident:
             "incident": self.number,
             "step": self.step,
             **verdict.as_json(self.verdict),
-            "tier": self.tier,
+            "tier": f"{self.tier}, {self.state or 'nothing'}",
             "restored_step": self.restored,
             "replayed_steps": None if self.restored is None else self.step - self.restored,
             "recovery_seconds": round(last - self.began, 3),
@@ -157,7 +158,7 @@ class Lead:
             if "start" not in incident.times and all(beat.phase != "start" for beat in beats):
                 incident.times["start"] = time.monotonic()
             if len(working) == len(beats) and incident.restored is None:
-                incident.restored = step
+                incident.restored, incident.state = step, beats[0].restored
                 incident.times["restore"] = time.monotonic()
             if incident.restored is not None and step > incident.restored and "first step" not in incident.times:
                 incident.times["first step"] = time.monotonic()
@@ -216,8 +217,9 @@ class Lead:
             self._close_incident()
         beats = [s.beat for s in found.statuses if s.beat]
         self._seen = (self._seen + beats)[-64:]
-        self._count, self._failures = self._count + 1, self._failures + 1
-        step = max(self._reached, *(beat.step for beat in beats), 0) if beats else self._reached
+        step = max([self._reached, *(beat.step for beat in beats)])
+        self._failures = 1 if step > self._reached else self._failures + 1
+        self._count, self._reached = self._count + 1, step
         began = min((s.ended for s in found.statuses if s.index in found.culprits and s.ended), default=None)
         silent = [s.beat.since for s in found.statuses if s.index in found.culprits and s.beat]
         began = began or min(silent, default=self._noticed)

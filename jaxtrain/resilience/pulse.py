@@ -36,6 +36,7 @@ class Beat:
     phase: str
     since: float
     about: str  # the writer in words: its place in the mesh
+    restored: str  # the tier that its state came from
     counts: Mapping[str, int]
     longest: Mapping[str, float]  # seconds
 
@@ -65,9 +66,9 @@ class Pulse:
         if self._at is not None:
             self._at(phase, step)
 
-    def about(self, text: str) -> None:
-        """Says once, for readers, who writes: its place in the mesh."""
-        raw = text.encode()[: SIZE - _TEXT - 1]
+    def about(self, place: str, restored: str = "") -> None:
+        """Says, for readers, who writes: its place in the mesh, and the tier that its state came from."""
+        raw = f"{place}\n{restored}".encode()[: SIZE - _TEXT - 1]
         self._memory[_TEXT : _TEXT + 1 + len(raw)] = bytes([len(raw)]) + raw
 
     def _write(self, step: int) -> None:
@@ -99,9 +100,9 @@ def read(path: Path) -> Beat | None:
         return None
     took = _TOOK.unpack_from(raw, _HEAD.size)
     counts = {name: int(count) for name, count in zip(PHASES, took[::2])}
-    about = raw[_TEXT + 1 : _TEXT + 1 + raw[_TEXT]].decode(errors="replace")
+    about, _, restored = raw[_TEXT + 1 : _TEXT + 1 + raw[_TEXT]].decode(errors="replace").partition("\n")
     longest = dict(zip(PHASES, took[1::2]))
-    return Beat(sequence, pid, generation, step, PHASES[phase], 1e-9 * since, about, counts, longest)
+    return Beat(sequence, pid, generation, step, PHASES[phase], 1e-9 * since, about, restored, counts, longest)
 
 
 def _mapped(path: Path) -> mmap.mmap:

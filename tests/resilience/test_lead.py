@@ -20,7 +20,7 @@ from pathlib import Path
 from jaxtrain.errors import UserError
 from jaxtrain.resilience import faults
 from jaxtrain.resilience.deadlines import Deadlines
-from jaxtrain.resilience.host import Host
+from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.lead import Lead
 
 folder, steps, processes, *given = sys.argv[1:]
@@ -28,10 +28,10 @@ injected = [faults.parse(text) for text in given]
 changed = threading.Event()
 fake = [sys.executable, "tests/resilience/fake_trainer.py"]
 service = [sys.executable, "-c", "from jaxtrain.resilience.child import READY; print(READY, flush=True); input()"]
-host = Host(["train", folder, steps], int(processes), changed, trainer=fake, service=service)
-print("memory", host.folder, flush=True)
-lead = Lead(host, Path(folder), changed, Deadlines(floor=1.0), lambda n: faults.environment(injected, n))
 try:
+    host = Host(["train", folder, steps], int(processes), memory_folder(Path(folder)), changed, trainer=fake, service=service)
+    print("memory", host.folder, flush=True)
+    lead = Lead(host, Path(folder), changed, Deadlines(floor=1.0), lambda n: faults.environment(injected, n))
     sys.exit(lead.run())
 except UserError as error:
     print(error, file=sys.stderr)
@@ -132,9 +132,18 @@ def test_nothing_outlives_a_lead_that_is_killed(tmp_path):
     lead.kill()
     lead.communicate(timeout=DEADLINE_S)
     _assert_gone(tmp_path)
-    for path in memory.glob("*"):
-        path.unlink()
-    memory.rmdir()
+    code, _, _, _ = run(tmp_path)  # whose supervisor takes over what the killed one left in memory, and clears it
+    assert code == 0 and not memory.exists()
+
+
+def test_a_run_has_one_supervisor_on_a_host(tmp_path):
+    lead = start(tmp_path, steps=100_000)
+    assert lead.stdout.readline().startswith("memory")
+    second = start(tmp_path, steps=10)
+    _, errors = second.communicate(timeout=DEADLINE_S)
+    assert second.returncode == 1 and "has a supervisor on this host already" in errors
+    lead.terminate()
+    lead.communicate(timeout=DEADLINE_S)
 
 
 def _assert_gone(folder):

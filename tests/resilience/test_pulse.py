@@ -23,7 +23,7 @@ def test_what_a_trainer_wrote_last_is_read_by_another_and_stays_when_it_is_gone(
         from pathlib import Path
         from jaxtrain.resilience.pulse import Pulse
         mine = Pulse(Path(sys.argv[1]), generation=3)
-        mine.about("data 1 tensor 0-1")
+        mine.about("data 1 tensor 0-1", "snapshot")
         mine.beat("compile", 7)
         mine.beat("step", 8)
         os._exit(9)
@@ -32,6 +32,7 @@ def test_what_a_trainer_wrote_last_is_read_by_another_and_stays_when_it_is_gone(
     assert child.wait(60) == 9
     beat = pulse.read(path)
     assert (beat.pid, beat.generation, beat.step, beat.phase, beat.about) == (child.pid, 3, 8, "step", "data 1 tensor 0-1")
+    assert beat.restored == "snapshot"
     assert beat.counts["compile"] == beat.counts["start"] == 1 and beat.counts["step"] == 0
     assert 0 <= beat.age() < 60
 
@@ -59,7 +60,7 @@ def test_a_beat_costs_next_to_nothing(tmp_path):
 def beat(step=10, phase="step", age=0.0, longest=None, counts=None, about=""):
     longest = dict.fromkeys(PHASES, 0.0) | (longest or {})
     counts = dict.fromkeys(PHASES, 100) | (counts or {})
-    return Beat(1, 2, 1, step, phase, time.monotonic() - age, about, counts, longest)
+    return Beat(1, 2, 1, step, phase, time.monotonic() - age, about, "", counts, longest)
 
 
 def test_a_deadline_is_learned_from_the_longest_so_far_and_never_below_the_floor():
