@@ -114,7 +114,7 @@ class Dataset:
     def without(self, record: Record) -> Dataset:
         """The same batches, but for the examples that the events of this record put aside: others stand in for them.
 
-        Events of other data (by `fingerprint`) do not count. Called on what it returned, the new record replaces the old.
+        Events of other data (by `fingerprint`) do not count. Called on what it returned, the new record takes over.
         """
         assert self._shuffle, "only what is trained on is put aside"
         aside: dict[tuple[int, int], int] = {}

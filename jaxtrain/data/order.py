@@ -1,4 +1,4 @@
-"""Which example is at (seed, step, row): keyed permutations, mixtures and stand-ins as pure functions. It reads nothing."""
+"""Which example is at (seed, step, row): permutations, mixtures, stand-ins as pure functions. It reads nothing."""
 
 from __future__ import annotations
 

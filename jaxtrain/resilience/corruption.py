@@ -1,7 +1,7 @@
 """Whether devices that hold copies of the same shard hold the same bits, and where one does not. It restores nothing.
 
-A bit that flips in one copy stays: gradients are the same on all copies, and change them alike. What was wrong before it
-was shared out (one device's part of a gradient) is in all copies alike: only a replay sees that (replay.py).
+A bit that flips in one copy stays: gradients are the same on all copies, and change them alike. What was wrong before
+it was shared out (one device's part of a gradient) is in all copies alike: only a replay sees that (replay.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxtrain.checkpoint.names import named
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect:
-    """One device's copy of one array, `leaf`, that is not as the others; `coordinates` on the mesh, of its process and host."""
+    """One device's copy of one array, `leaf`, that is not as the others; `coordinates` are the device's on the mesh."""
 
     leaf: str
     device: int
@@ -53,7 +53,7 @@ class Copies:
         self._sums: Array | None = None
 
     def compare(self, state: Any) -> Array:
-        """-> int32, replicated: how many arrays have a copy that differs. Returns at once; `state` may then be donated."""
+        """-> int32, replicated: how many arrays have unequal copies. Returns at once; `state` may then be donated."""
         if not self.shapes:
             return jnp.zeros((), jnp.int32)
         arrays = named(state)
@@ -114,8 +114,8 @@ def _idle(mesh: Mesh, spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def _program(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Any:
-    """(arrays) -> (how many have unequal copies, uint32[device, array, lane]), by hand over all axes: XLA takes copies for equal."""
-    along: dict[tuple[str, ...], list[int]] = defaultdict(list)  # one exchange for all arrays that are copied along the same axes
+    """(arrays) -> (how many have unequal copies, uint32[device, array, lane]). By hand: XLA takes copies for equal."""
+    along: dict[tuple[str, ...], list[int]] = defaultdict(list)  # arrays by the axes that they are copied along
     for i, spec in enumerate(specs):
         along[_idle(mesh, spec)].append(i)
 

@@ -1,8 +1,8 @@
 """What a run does when its numbers go wrong, as values, and the judge of each step's metrics. It touches no device.
 
 The judge is a pure function of the metrics that it was shown. Those are replicated, so every process comes to the same
-verdict by itself, at the same step; and what it remembers travels in the checkpoints, so a resumed run judges as one that
-was never stopped.
+verdict by itself, at the same step; and what it remembers travels in the checkpoints, so a resumed run judges as one
+that was never stopped.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Ignore:
 class RollBackSpikes(RollBack):
     """As RollBack, where `lasting` losses in a row lie above median + max(`deviations` x MAD, `least`).
 
-    Median and MAD (the median distance from the median) are of the last `window` losses before the first such one: a few
-    wild values move neither. For normal noise 12 MAD are 8 standard deviations. A single batch of odd text is no spike, so
-    several in a row are asked for; the first `warmup` steps, where the loss has no level yet, are never judged.
+    Median and MAD (the median distance from the median) are of the last `window` losses before the first such one: a
+    few wild values move neither. For normal noise 12 MAD are 8 standard deviations. A single batch of odd text is no
+    spike, so several in a row are asked for; the first `warmup` steps, where the loss has no level yet, are never judged.
     """
 
     window: int = 128  # losses
@@ -82,7 +82,7 @@ class RollBackSpikes(RollBack):
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """`not_finite`: what follows a loss or gradient norm that is nan or infinite. `spikes`: what follows a loss that leaps.
+    """`not_finite`: what follows a loss or gradient norm that is nan or infinite; `spikes`: a loss that leaps.
 
     `hash_every`: steps between two comparisons of the copies that different devices hold of parameters and optimizer
     state; with it, also before every save. 0: never.

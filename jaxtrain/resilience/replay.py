@@ -1,18 +1,18 @@
 """`jaxtrain replay CONFIG --step N`: steps of a run computed again, twice, and compared bit by bit. It writes nothing.
 
-On CPUs a compiled step is deterministic, so any difference is a fault. On GPUs it is so for one executable as long as no
-kernel adds with atomics: --xla_gpu_deterministic_ops=true asks for that (XLA's flag guidance). Another mesh, another
+On CPUs a compiled step is deterministic, so any difference is a fault. On GPUs it is so for one executable as long as
+no kernel adds with atomics: --xla_gpu_deterministic_ops=true asks for that (XLA's flag guidance). Another mesh, another
 version of XLA or an autotuner that chose another kernel change the last bits of a sum: then the two replays still agree
 with each other, and what was recorded may not.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jaxtrain.cluster import few
 from jaxtrain.command import parse
 from jaxtrain.errors import ConfigError, CorruptionError
 
@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     call = parse("jaxtrain replay", Options, argv, doc=main.__doc__)
     config, last = call.load(), call.options.step
     if not 1 <= last <= config.steps:
-        raise ConfigError(f"--step {last} is no step of this run.", rule=f"1 to {config.steps}", fix="--step, as in metrics.jsonl")
+        rule = f"1 to {config.steps}, counted as in metrics.jsonl"
+        raise ConfigError(f"--step {last} is no step of this run.", rule=rule)
 
     from jaxtrain import runtime
 
@@ -91,7 +92,7 @@ def report(config: RunConfig, last: int, lead: bool) -> tuple[list[str], bool]:
 def recompute(
     step: Callable[..., Any], blueprint: Any, data: Any, start: Start, last: int, seen: Callable[[int, Any], None]
 ) -> Any:
-    """The state after step `last`, from a good one (which is donated), by the step that trains; `seen` gets the metrics."""
+    """The state after step `last`, from a good one, which is donated, by the step that trains. `seen` gets the metrics."""
     import jax
     import jax.numpy as jnp
 
@@ -108,7 +109,7 @@ def recompute(
 
 
 def _newest(blueprint: Any, up_to: int) -> Start:
-    """The newest whole checkpoint up to this step, read beside a run that may be alive; the seed's state where there is none."""
+    """The newest whole checkpoint up to this step, else the seed's state. It disturbs no run that is alive."""
     import sys
 
     from jaxtrain.background import Deadline
@@ -118,9 +119,10 @@ def _newest(blueprint: Any, up_to: int) -> Start:
 
     config = blueprint.config
     folder = (config.run_dir / "checkpoints").absolute()
+    seconds = config.checkpoint.deadline_seconds
     for step in reversed([step for step in files.steps(folder) if step <= up_to]):
         try:
-            state, found = load.restore_whole(folder / str(step), blueprint.abstract, Deadline(config.checkpoint.deadline_seconds))
+            state, found = load.restore_whole(folder / str(step), blueprint.abstract, Deadline(seconds))
             return Start(state, found.step, found.data)
         except DamagedError as error:
             print(f"skipped the checkpoint of step {step}: {error}", file=sys.stderr, flush=True)
@@ -139,7 +141,8 @@ def _hashes(state: Any) -> Hashes:
 def _between(one: Replayed, two: Replayed) -> list[str]:
     """What differs between two replays, and between the copies within each."""
     arrays = [name for name in one.hashes if len({*one.hashes[name], *two.hashes[name]}) > 1]
-    return [*arrays, *(f"the loss of step {step}" for step in one.losses if repr(one.losses[step]) != repr(two.losses[step]))]
+    losses = [step for step, loss in one.losses.items() if repr(loss) != repr(two.losses[step])]  # nan equals nan
+    return [*arrays, *(f"the loss of step {step}" for step in losses)]
 
 
 def _checkpoint(config: RunConfig, step: int, hashes: Hashes) -> list[str] | None:
@@ -154,21 +157,20 @@ def _checkpoint(config: RunConfig, step: int, hashes: Hashes) -> list[str] | Non
 
 def _recorded(config: RunConfig, losses: Mapping[int, float]) -> list[str] | None:
     """The rows of metrics.jsonl; the first that differs says at which step it began."""
+    import numpy as np
+
     from jaxtrain.observe.recorder import plain
     from jaxtrain.observe.sinks import read_rows
 
-    rows = {row["step"]: row["train/loss"] for row in read_rows(config.run_dir / "metrics.jsonl") if "train/loss" in row}
-    both = sorted(rows.keys() & losses.keys())
-    if not both:
-        return None
-    import numpy as np
-
-    again = {step: plain(np.float32(losses[step])) for step in both}
-    return [f"step {step}: {json.dumps(rows[step])}, now {json.dumps(again[step])}" for step in both if rows[step] != again[step]]
+    rows = read_rows(config.run_dir / "metrics.jsonl")
+    kept = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row and row["step"] in losses}
+    again = {step: plain(np.float32(losses[step])) for step in sorted(kept)}
+    differing = [step for step in again if repr(kept[step]) != repr(again[step])]
+    return [f"step {step}: {kept[step]}, now {again[step]}" for step in differing] if kept else None
 
 
 def _said(differences: Iterable[str] | None) -> str:
     if differences is None:
         return "not there to compare with"
     rows = list(differences)
-    return "equal" if not rows else f"DIFFER: {', '.join(rows[:8])}" + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    return f"DIFFER: {few(rows)}" if rows else "equal"

@@ -34,9 +34,9 @@ def roll_back(
 ) -> tuple[Event, Start]:
     """-> what is put aside, and the state to go on from.
 
-    `data` is without the record's examples; `newest(step)` gives the newest good state of that step or before. It follows
-    from the metrics and the record alone, so all processes come to the same. Raises NumericsError where the policy's
-    limit is reached.
+    `data` is without the record's examples; `newest(step)` gives the newest good state of that step or before. It
+    follows from the metrics and the record alone, so all processes come to the same. Raises NumericsError where the
+    policy's limit is reached.
     """
     # Where the same step is bad again with other examples, what made it bad may be the update before it.
     again = sum(event.steps[1] == verdict.last for event in record)
@@ -47,7 +47,7 @@ def roll_back(
         raise NumericsError(
             f"{verdict.why}, and {tried} rollbacks did not help.",
             rule="other examples make a bad step good",
-            fix=f"look for the fault elsewhere (learning rate, precision, a device); the last good state is step {start.step}",
+            fix=f"look elsewhere (learning rate, precision, a device); the last good state is step {start.step}",
         )
     examples = tuple(put for step in range(first, verdict.last + 1) for put in data.examples(step - 1))
     event = Event(

@@ -53,7 +53,8 @@ class Verified:
         if not self._lead:
             return
         self._write()
-        row = {"step": step, "agreed": self.agreed, "found_by": found_by, "suspects": [*map(dataclasses.asdict, suspects)]}
+        row = {"step": step, "agreed": self.agreed, "found_by": found_by}
+        row["suspects"] = [*map(dataclasses.asdict, suspects)]
         with open(self._run_dir / EVENTS, "a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()

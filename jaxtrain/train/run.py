@@ -106,7 +106,7 @@ class _Opened:
                 f"no state of step {up_to} or before is left to go back to.",
                 got=f"checkpoints of steps {few(self.checkpoints.steps()) or 'none'}",
                 rule="a run does not start over by itself",
-                fix="a larger checkpoint.keep_last from the start; without checkpoints in the folder the run starts over",
+                fix="a larger checkpoint.keep_last from the start; or empty the folder, and the run starts over",
             )
         return found
 
@@ -257,7 +257,7 @@ def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
 
 
 def _gone_back(opened: _Opened, rewind: Rewind) -> Start:
-    """From before the bad steps. Checkpoints of later ones go first: a start must not find them beside a record that is newer."""
+    """From before the bad steps. Checkpoints of later ones go first: no start may find them beside a newer record."""
     opened.pulse.beat("restore", rewind.first - 1)
     event, start = roll_back(rewind, opened.record, opened.data, opened.newest)
     opened.checkpoints.forget_after(event.steps[0] - 1)
@@ -281,15 +281,16 @@ def _corrupted(opened: _Opened, step: int) -> CorruptionError:
     verified.differ(step, suspects, found_by if certain else "comparison")
     if not certain:
         opened.pulse.beat("restore", verified.agreed)
-        _say(opened.process, f"copies differ at step {step}, and no majority is right: computing it again from step {verified.agreed} or before")
+        _say(opened.process, f"copies differ at step {step}: computing it again from step {verified.agreed} or before")
         start = opened.newest(verified.agreed)
         copies.compare(recompute(opened.step, opened.blueprint, opened.data, start, step, opened.computed))
         suspects, certain = copies.suspects(sums, copies.sums())
         verified.differ(step, suspects, "replay" if certain else "comparison, and a replay agrees with no copy")
+    more = [f"and {len(suspects) - 8} more"] if len(suspects) > 8 else []
     hosts = list(dict.fromkeys(suspect.host for suspect in suspects))
     return CorruptionError(
         f"copies of {few(list(dict.fromkeys(suspect.leaf for suspect in suspects)))} differ at step {step}.",
-        got="\n        ".join(map(str, suspects[:8])) + (f"\n        and {len(suspects) - 8} more" if len(suspects) > 8 else ""),
+        got="\n        ".join([*map(str, suspects[:8]), *more]),
         rule=f"devices that hold the same shard hold the same bits, as they did at step {verified.agreed}",
         fix=f"put {few(hosts)} aside; the same command goes on from step {verified.agreed} or before",
     )
@@ -301,8 +302,8 @@ def _notes(config: RunConfig, mesh: Mesh, opened: _Opened, start: Start) -> Iter
     if runs_pipeline(config, mesh.shape):
         yield describe(config, mesh.shape)
     if opened.copies and opened.copies.num_alone:
-        compared = len(opened.copies.shapes)
-        yield f"copies are compared of {compared} of {compared + opened.copies.num_alone} arrays: this mesh holds no two of the others"
+        compared, alone = len(opened.copies.shapes), opened.copies.num_alone
+        yield f"copies are compared of {compared} of {compared + alone} arrays; this mesh holds the others once"
     if opened.record:
         yield f"put aside by {len(opened.record)} events: {sum(len(e.examples) for e in opened.record)} examples"
     if start.step >= config.steps:

@@ -31,8 +31,8 @@ def opened(source):
 def event(data, *steps, rows=range(BATCH)):
     """These rows of these steps, counted from 1, put aside by a run that trains on `data`."""
     examples = tuple(data.examples(step - 1)[row] for step in steps for row in rows)
-    position = (min(steps) - 1) * BATCH
-    return Event(steps=(min(steps), max(steps)), why="a test", restored=0, position=position, data=data.fingerprint, examples=examples)
+    where = dict(steps=(min(steps), max(steps)), position=(min(steps) - 1) * BATCH, data=data.fingerprint)
+    return Event(why="a test", restored=0, examples=examples, **where)
 
 
 def keys(data, step):

@@ -27,7 +27,8 @@ def run(config, monkeypatch, devices=2):
 
 
 def data_of(config=CONFIG):
-    return open_dataset(config.data, seq_len=config.seq_len, batch=config.batch, seed=config.seed, vocab_size=64, cache_dir=".")
+    shape = dict(seq_len=config.seq_len, batch=config.batch, vocab_size=64)
+    return open_dataset(config.data, **shape, seed=config.seed, cache_dir=".")
 
 
 def poison(monkeypatch, is_bad):
@@ -53,8 +54,9 @@ def poison_examples(monkeypatch, *places):
 
 def result(config):
     """What a run computed: its rows without times, and the hash of its last state."""
-    rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in read_rows(config.run_dir / "metrics.jsonl")]
-    return rows, manifest.read(config.run_dir / "checkpoints" / str(config.steps)).digest
+    rows = read_rows(config.run_dir / "metrics.jsonl")
+    kept = [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
+    return kept, manifest.read(config.run_dir / "checkpoints" / str(config.steps)).digest
 
 
 def flipped(x, devices, bit=3):
@@ -69,7 +71,7 @@ def flipped(x, devices, bit=3):
 
 
 def after_steps(monkeypatch, steps, change):
-    """`change(state, metrics)` takes the place of what the compiled step gives, the first time that a run comes to these steps."""
+    """`change(state, metrics)` takes the place of what the compiled step gives, once at each of these steps."""
     from jaxtrain.train import run as running
 
     compiled, left = running.compiled_ahead, list(steps)

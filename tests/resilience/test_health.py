@@ -101,6 +101,6 @@ def test_without_policies_there_is_nothing_to_remember():
 
 
 def test_a_policy_that_means_nothing_is_refused():
-    for make in (lambda: Skip(limit=0), lambda: RollBack(margin=-1), lambda: RollBackSpikes(window=2), lambda: Health(hash_every=-1)):
+    for kind, values in ((Skip, {"limit": 0}), (RollBack, {"margin": -1}), (RollBackSpikes, {"window": 2}), (Health, {"hash_every": -1})):
         with pytest.raises(ConfigError, match="at least"):
-            make()
+            kind(**values)
