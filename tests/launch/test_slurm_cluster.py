@@ -161,6 +161,11 @@ class Cluster:
     def output(self, name: str) -> str:
         return "".join(path.read_text() for path in (self.folder / "runs").glob(f"{name}/slurm-*.out"))
 
+    def report(self) -> str:
+        """For a test that fails: what Slurm says of jobs and nodes, and what daemons and jobs have said last."""
+        said = [self.says("squeue"), self.says("sinfo", "--Node", "--long"), self.says("sinfo", "--list-reasons")]
+        return "\n".join([*said, self._said()[-3000:], self.output("*")[-3000:]])
+
     def step(self, name: str) -> int:
         """The last whole row's step, 0 before there is one."""
         path = self.folder / "runs" / name / "metrics.jsonl"
@@ -168,16 +173,22 @@ class Cluster:
         return json.loads(whole[-1])["step"] if whole else 0
 
     def await_step(self, name: str, step: int) -> None:
-        until(f"{name} is past step {step}", lambda: self.step(name) >= step, lambda: self.output(name)[-3000:])
+        until(f"{name} is past step {step}", lambda: self._impatient() or self.step(name) >= step, self.report)
+
+    def _impatient(self) -> None:
+        """Slurm lets a requeued job wait for two minutes, from the end of its last process: not here."""
+        for line in self.says("squeue", "--noheader", "--format=%i %r").splitlines():
+            number, reason = line.split(maxsplit=1)
+            if reason == "BeginTime":
+                self.says("scontrol", "update", f"jobid={number}", "starttime=now")
 
     def await_restart(self, number: str, restarts: int) -> None:
-        """Until it is queued for the so-manieth time; Slurm would let it wait there for two minutes more."""
+        """Until it is queued again for the so-manieth time."""
         until(
             f"restart {restarts}",
             lambda: self.job(number)["JobState"] == "PENDING" and self.job(number)["Restarts"] == str(restarts),
-            lambda: self.output("*")[-3000:],
+            self.report,
         )
-        self.says("scontrol", "update", f"jobid={number}", "starttime=now")
 
 
 def until(what: str, condition, explain=lambda: "", deadline_s: float = DEADLINE_S) -> None:
@@ -245,7 +256,7 @@ def test_whatever_happens_to_the_job_the_run_ends_with_the_bits_of_an_undisturbe
     assert cluster.step("run") < STEPS
 
     number = cluster.submit("--name", "run")  # the same command
-    until("it has ended", lambda: cluster.job(number)["JobState"] == "COMPLETED", lambda: cluster.output("run")[-3000:])
+    until("it has ended", lambda: cluster.job(number)["JobState"] == "COMPLETED", cluster.report)
     assert cluster.jaxtrain("checkpoint", "hash", "runs/run") == cluster.jaxtrain("checkpoint", "hash", "runs/undisturbed")
 
 
