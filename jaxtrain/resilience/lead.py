@@ -101,6 +101,8 @@ class Lead:
                     alive = self._host.fence()
                     service.kill(1.0)
                 if isinstance(ended, int):
+                    if self._incident:  # the run ended while it caught up
+                        self._close_incident()
                     return ended
                 self._after(ended, alive, {"verdict": judged, "fencing": time.monotonic()})
         finally:
@@ -207,7 +209,11 @@ class Lead:
     def _gathered(self, found: Verdict, statuses: list[Status]) -> Verdict:
         """The same verdict with stacks behind it, which are gathered before anybody is killed."""
         folder = self._run_dir / "incidents" / f"{self._count + 1:04}"
-        with_frames = evidence.gather(statuses, folder)
+        try:
+            with_frames = evidence.gather(statuses, folder)
+        except OSError as error:
+            _say(f"the evidence is not kept: {error}")
+            return found
         again = verdict.of_hang(with_frames, self._deadlines, [])
         return found if again is None else again
 
@@ -244,9 +250,12 @@ class Lead:
     def _close_incident(self) -> None:
         incident, self._incident = self._incident, None
         row = incident.row()
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        with open(self._run_dir / "incidents.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            with open(self._run_dir / "incidents.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk is no reason to stop a run that goes on
+            _say(f"incident {incident.number} is not recorded: {error}")
         _say(f"incident {incident.number}: over after {row['recovery_seconds']:.1f} s, {row['replayed_steps']} steps again")
 
     def _forward(self, number: int, frame: object) -> None:

@@ -170,3 +170,12 @@ def test_a_fault_is_written_as_its_kind_and_fields():
     for text, words in (("kil", "did you mean 'kill'"), ("kill:stp=3", "did you mean 'step'"), ("kill:step=x", "type int")):
         with pytest.raises(ConfigError, match=words):
             parse(text)
+
+
+def test_a_run_folder_that_cannot_be_written_stops_no_recovery(tmp_path):
+    (tmp_path / "incidents.jsonl").mkdir()  # so that root cannot write it either
+    (tmp_path / "incidents").write_text("")
+    lead = start(tmp_path, "kill:process=1,step=12", "stop:process=0,step=22,generation=2")
+    _, errors = lead.communicate(timeout=DEADLINE_S)
+    assert lead.returncode == 0, errors
+    assert "incident 1 is not recorded" in errors and "the evidence is not kept" in errors
