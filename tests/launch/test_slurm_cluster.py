@@ -173,22 +173,19 @@ class Cluster:
         return json.loads(whole[-1])["step"] if whole else 0
 
     def await_step(self, name: str, step: int) -> None:
-        until(f"{name} is past step {step}", lambda: self._impatient() or self.step(name) >= step, self.report)
-
-    def _impatient(self) -> None:
-        """Slurm lets a requeued job wait for two minutes, from the end of its last process: not here."""
-        for line in self.says("squeue", "--noheader", "--format=%i %r").splitlines():
-            number, reason = line.split(maxsplit=1)
-            if reason == "BeginTime":
-                self.says("scontrol", "update", f"jobid={number}", "starttime=now")
+        until(f"{name} is past step {step}", lambda: self.step(name) >= step, self.report)
 
     def await_restart(self, number: str, restarts: int) -> None:
-        """Until it is queued again for the so-manieth time."""
+        """Until it is queued again for the so-manieth time; there Slurm would let it wait for two minutes.
+
+        A node starts nothing of a job in the second in which it ended the last of it: "Job credential revoked".
+        """
         until(
             f"restart {restarts}",
             lambda: self.job(number)["JobState"] == "PENDING" and self.job(number)["Restarts"] == str(restarts),
             self.report,
         )
+        self.says("scontrol", "update", f"jobid={number}", "starttime=now+5")
 
 
 def until(what: str, condition, explain=lambda: "", deadline_s: float = DEADLINE_S) -> None:
