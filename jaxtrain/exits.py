@@ -19,4 +19,5 @@ class Exit(IntEnum):
     UNREAD = 141  # whoever read the output has left, as a shell counts SIGPIPE
 
 
+FINAL = (Exit.MISUSED, Exit.DIVERGED)  # another start would not change them
 AGAIN = (Exit.UNSAVED, Exit.PREEMPTED)  # a cluster manager may run the same command again, and count no failure

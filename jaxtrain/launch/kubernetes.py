@@ -15,7 +15,7 @@ import yaml
 from jaxtrain.command import Call, parse
 from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.exits import AGAIN, Exit
+from jaxtrain.exits import AGAIN, FINAL
 from jaxtrain.launch import job
 
 HOSTS = "host"  # the JobSet's one replicated job; a pod's name is NAME-host-0-INDEX.NAME
@@ -54,14 +54,14 @@ _INDEX_LABEL = "batch.kubernetes.io/job-completion-index=0"
 
 def jobset(call: Call, config: RunConfig) -> dict[str, Any]:
     """The manifest as plain data. Raises ConfigError."""
-    misused = {"name": "misused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    hopeless = {"name": "hopeless", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": {"name": _name(config)},
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": _name(config)},  # a headless service of this name
-            "failurePolicy": {"maxRestarts": RESTARTS, "rules": [misused]},
+            "failurePolicy": {"maxRestarts": RESTARTS, "rules": [hopeless]},
             "replicatedJobs": [{"name": HOSTS, "replicas": 1, "template": {"spec": _hosts(call, config)}}],
         },
     }
@@ -72,7 +72,7 @@ def _hosts(call: Call, config: RunConfig) -> dict[str, Any]:
     rules = [
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [int(code) for code in AGAIN]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
-        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [int(Exit.MISUSED)]}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [int(code) for code in FINAL]}},
     ]
     return {
         "completionMode": "Indexed",

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxtrain.command import Call, parse
 from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError, RunError
-from jaxtrain.exits import AGAIN, Exit
+from jaxtrain.exits import AGAIN, FINAL, Exit
 from jaxtrain.launch import job
 
 SUBMIT_S = 60.0  # for sbatch; a controller that is busy answers within its MessageTimeout, 10 s by default
@@ -47,7 +47,7 @@ code=$?
 why=
 case $code in
     {again}) why="preempted" ;;
-    {done} | {misused}) ;;
+    {done} | {final}) ;;
     *) [[ $(newest) == "$before" ]] || why="failed after a new checkpoint" ;;  # without one it would fail again
 esac
 if [[ $why ]]; then
@@ -84,9 +84,9 @@ def script(call: Call, config: RunConfig, argv: Sequence[str]) -> str:
         grace=call.options.grace_seconds,
         last=LAST_S,
         checkpoints=shlex.quote(str(config.run_dir.absolute() / "checkpoints")),
-        again=" | ".join(str(int(code)) for code in AGAIN),
+        again=_cases(AGAIN),
         done=int(Exit.DONE),
-        misused=int(Exit.MISUSED),
+        final=_cases(FINAL),
     )
 
 
@@ -136,6 +136,10 @@ def _quoted(value: object) -> str:
     """As sbatch reads it: quotes keep blanks together, and there is no shell."""
     text = str(value)
     return f'"{text}"' if " " in text else text
+
+
+def _cases(codes: Sequence[Exit]) -> str:
+    return " | ".join(str(int(code)) for code in codes)
 
 
 def _own(word: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import RunError
-from jaxtrain.exits import AGAIN, Exit
+from jaxtrain.exits import AGAIN, FINAL, Exit
 from jaxtrain.resilience import evidence, verdict, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
@@ -32,7 +32,6 @@ SETTLE_S = 0.05  # between the first exit and the verdict: what ended with it
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
-FINAL = (Exit.MISUSED, Exit.DIVERGED)  # exit codes that another start would not change
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
 ATTEMPTS = 5  # generations in a row without a new step
 

@@ -95,13 +95,13 @@ def test_there_is_a_pod_per_host_with_an_index_and_an_address(capsys):
     assert index == {"name": "JAXTRAIN_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": field}}}
 
 
-def test_a_preempted_pod_counts_for_nothing_and_what_the_user_got_wrong_is_not_tried_again(capsys):
+def test_a_preempted_pod_counts_for_nothing_and_what_would_fail_again_is_not_tried_again(capsys):
     made = manifest(capsys)
     rules = {str(rule.get("onExitCodes", rule.get("onPodConditions"))): rule["action"] for rule in job(made)["podFailurePolicy"]["rules"]}
     assert rules == {
         "{'operator': 'In', 'values': [74, 75]}": "Ignore",
         "[{'type': 'DisruptionTarget'}]": "Ignore",
-        "{'operator': 'In', 'values': [2]}": "FailJob",
+        "{'operator': 'In', 'values': [2, 65]}": "FailJob",
     }
     assert pod(made)["restartPolicy"] == "Never"  # the only one that a pod failure policy allows
     (rule,) = made["spec"]["failurePolicy"]["rules"]

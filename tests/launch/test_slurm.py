@@ -75,7 +75,7 @@ def test_each_host_runs_the_same_words_and_they_survive_the_shell(capsys, place)
 
 @pytest.mark.parametrize(
     ("code", "saves", "again"),
-    [(0, True, False), (2, True, False), (74, False, True), (75, False, True), (1, False, False), (1, True, True), (137, True, True)],
+    [(0, True, False), (2, True, False), (65, True, False), (74, False, True), (75, False, True), (1, False, False), (1, True, True), (137, True, True)],
 )
 def test_the_job_is_queued_again_after_preemption_and_after_a_failure_that_made_progress(capsys, place, code, saves, again):
     script = printed(capsys, "--nodes", "1", "--gpus-per-node", "0")
