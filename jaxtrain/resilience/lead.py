@@ -104,6 +104,8 @@ class Lead:
                         self._close_incident()
                     return ended
                 self._after(ended, alive, {"verdict": judged, "fencing": time.monotonic()})
+                if self._signals:  # while there was no trainer to hear it; the newest checkpoint stays
+                    return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
         finally:
             self._host.close()
             for number, handler in old.items():

@@ -103,6 +103,7 @@ def test_products_in_a_ring_equal_one_device(sizes):
     _assert_close(_gradients(ours), _gradients(expected), REORDERED)
 
 
+@pytest.mark.slow
 def test_text_of_a_length_that_the_stream_does_not_divide_into_is_that_of_one_device():
     texts = []
     for sizes in (dict(fsdp=1), dict(fsdp=2, tensor=2, context=2)):
@@ -115,7 +116,7 @@ def _assert_same_sharding(moment, param):
     assert moment.sharding.is_equivalent_to(param.sharding, param.ndim)
 
 
-@pytest.mark.parametrize("optim", [Lion(), Muon()], ids=["lion", "muon"])
+@pytest.mark.parametrize("optim", [pytest.param(Lion(), marks=pytest.mark.slow), Muon()], ids=["lion", "muon"])
 def test_every_optimizer_updates_alike_on_a_mesh(optim):
     config = dataclasses.replace(CONFIG, optim=optim)
     _, ours, _, blueprint = _on(config, fsdp=2, tensor=2, data=2)

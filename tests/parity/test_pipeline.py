@@ -67,7 +67,7 @@ def test_stages_beside_other_axes_equal_one_device(sizes, capfd):
     ("pipeline", "sizes"),
     [
         pytest.param(OneFOneB(), dict(stage=4, fsdp=2), marks=SLOW),
-        (ZeroBubble(), dict(stage=2, tensor=2, data=2)),
+        pytest.param(ZeroBubble(), dict(stage=2, tensor=2, data=2), marks=SLOW),
         (Interleaved(chunks=2), dict(stage=2, fsdp=2)),
         pytest.param(GPipe(keep="inputs"), dict(stage=2, tensor=2), marks=SLOW),
         pytest.param(ZeroBubble(keep="inputs"), dict(stage=4), marks=SLOW),

@@ -184,6 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(p
     assert "the last good checkpoint is step 30" in out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_data_is_not_continued_unasked(place):
     assert _finish(_start(place, "other", "--steps", "30"))[0] == 0
     code, out = _finish(_start(place, "other", "--steps", "40", "--data.seed", "5", "--accept-changes"))

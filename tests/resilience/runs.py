@@ -13,8 +13,10 @@ from jaxtrain.checkpoint import manifest
 from jaxtrain.data.dataset import Dataset, open_dataset
 from jaxtrain.observe.sinks import read_rows
 from jaxtrain.resilience.health import Health
+from jaxtrain.train.notice import Notice
 from jaxtrain.train.run import train
 from tests.resilience.values import CONFIG
+
 
 def configured(tmp_path, name="run", health=Health(), **changes):
     return dataclasses.replace(CONFIG, name=name, runs_dir=str(tmp_path), health=health, **changes)
@@ -23,7 +25,8 @@ def configured(tmp_path, name="run", health=Health(), **changes):
 def run(config, monkeypatch, devices=2):
     """The exit code of `jaxtrain train` on so many of the devices."""
     monkeypatch.setattr(runtime, "devices", lambda: jax.devices()[:devices])
-    return train(config, runtime.Process())
+    with Notice() as notice:
+        return train(config, runtime.Process(), notice)
 
 
 def data_of(config=CONFIG):

@@ -21,6 +21,7 @@ def replayed(monkeypatch):
     return replay
 
 
+@pytest.mark.slow
 def test_a_run_is_computed_again_to_the_same_bits_also_behind_a_rollback(tmp_path, monkeypatch, replayed):
     poison_examples(monkeypatch, (7, 3))
     config = configured(tmp_path, health=Health(not_finite=RollBack()))

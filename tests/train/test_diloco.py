@@ -130,6 +130,7 @@ def test_outer_steps_equal_replicas_trained_one_by_one_and_nesterov_in_float64()
         _assert_close(jax.tree.map(lambda x: x[i], ours.outer.local), states[i].params)
 
 
+@SLOW
 def test_each_fragment_meets_in_its_turn_and_is_every_so_many_th_layer():
     config = DiLoCo(every=4, fragments=2, lr=0.7, momentum=0.9)
     blueprint = _start(dataclasses.replace(CONFIG, replicas=config), replica=2)
@@ -145,7 +146,8 @@ def test_each_fragment_meets_in_its_turn_and_is_every_so_many_th_layer():
     assert whole[1] and whole[3]
 
 
-@pytest.mark.parametrize("sent", ["bfloat16", pytest.param("int8", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("sent", ["bfloat16", "int8"])
 def test_what_is_rounded_is_sent_in_its_own_bytes_and_the_rest_later(sent):
     config = dataclasses.replace(CONFIG, replicas=DiLoCo(every=2, sent=sent))
     blueprint = _start(config, replica=2)

@@ -21,7 +21,8 @@ def test_parameters_that_match_keep_stay_float32():
     }
 
 
-@pytest.mark.parametrize("model", ["moe", pytest.param("mla moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["moe", "mla moe"])
 def test_a_mixture_in_bfloat16_comes_close_to_one_in_float32(model):
     config = _config(model)
     ours, theirs = (_run(c, 1, expert=2)[0] for c in (dataclasses.replace(config, precision=BF16), config))
