@@ -46,8 +46,7 @@ FAST = {
     ("dense", "context4 tensor2"),
     ("dense", "replica2 data2 fsdp2"),
     ("moe", "expert2 stage2 context2"),
-    ("mla", "data2 stage2 tensor2"),
-    ("mla moe", "expert8"),
+    ("mla moe", "expert2 tensor4"),
 }
 ROWS = [
     pytest.param(model, layout, marks=[] if (model, layout) in FAST else pytest.mark.slow)
