@@ -90,5 +90,5 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if parent == 1:  # it died before the call
+        if os.getppid() != parent:  # it died meanwhile; earlier, and stdin is at its end. A supervisor may be process 1
             os._exit(1)

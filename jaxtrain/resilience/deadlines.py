@@ -13,7 +13,7 @@ UNKNOWN = dict(
     evaluate=3600.0, snapshot=300.0, save=1800.0, end=3600.0,
 )  # fmt: skip
 ENOUGH = dict(data=8, step=8, metrics=8)  # times before a phase is known; the others: once
-FACTOR = 8.0  # over the longest so far: eight processes on two busy cores take that long now and then
+FACTOR = 8.0  # over the longest so far
 
 
 @dataclass(frozen=True, kw_only=True)
