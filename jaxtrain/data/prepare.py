@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import threading
 import time
-import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from jaxtrain.data import reading, shards
 from jaxtrain.data.reading import Document, Piece
@@ -210,7 +210,7 @@ def write_shard(source: Source, folder: Path, number: int, pieces: list[Piece]) 
     for name, values in (("docs", table), ("crc", crcs)):
         with shards.atomic(folder / f"{stem}.{name}") as file:
             file.write(values)
-    counts = {"tokens": total, "documents": len(starts), "docs_crc32": zlib.crc32(table), "crc_crc32": zlib.crc32(crcs)}
+    counts = {"tokens": total, "documents": len(starts), "docs_crc32": zlib_ng.crc32(table), "crc_crc32": zlib_ng.crc32(crcs)}
     shards.write_json(folder / f"{stem}.json", counts | {"pieces": owners})
 
 
@@ -267,7 +267,7 @@ def _finish(folder: Path, num_shards: int, dtype: np.dtype) -> None:
             raw = np.fromfile(folder / f"{number:05}.docs", "<i8").reshape(-1, 2)
             starts = raw[:, 0] + base
             file.write(starts)
-            crc, base = zlib.crc32(starts, crc), base + record["tokens"]
+            crc, base = zlib_ng.crc32(starts, crc), base + record["tokens"]
             records.append(record)
     documents = sum(record["documents"] for record in records)
     index = {"format": FORMAT, "dtype": dtype.str, "documents": documents, "starts_crc32": crc, "shards": records}

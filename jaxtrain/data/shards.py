@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from jaxtrain.data.stream import Arrays, map_tokens
 from jaxtrain.errors import DataError, RunError
@@ -57,7 +57,7 @@ def unwritable(path: Path, error: OSError) -> RunError:
 def block_crcs(tokens: np.ndarray) -> np.ndarray:
     """CRC-32 of each BLOCK bytes."""
     raw = memoryview(tokens.view(np.uint8))
-    return np.array([zlib.crc32(raw[i : i + BLOCK]) for i in range(0, len(raw), BLOCK)], "<u4")
+    return np.array([zlib_ng.crc32(raw[i : i + BLOCK]) for i in range(0, len(raw), BLOCK)], "<u4")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _json_crc(value: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+    return zlib_ng.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def damaged(path: Path, what: str, got: str = "") -> DataError:
@@ -128,7 +128,7 @@ class Shards(Arrays):
             path = self._folder / f"{self._names[number]}.crc"
             self._crcs[number] = _map(path, len(self._checked[number]), np.dtype("<u4"), stated["crc_crc32"])
         raw = memoryview(self._arrays[number].view(np.uint8))[block * BLOCK : (block + 1) * BLOCK]
-        if zlib.crc32(raw) != self._crcs[number][block]:
+        if zlib_ng.crc32(raw) != self._crcs[number][block]:
             path = self._folder / f"{self._names[number]}.tokens"
             raise damaged(
                 path,
@@ -167,6 +167,6 @@ def _map(path: Path, count: int, dtype: np.dtype, crc32: int | None = None) -> n
         what = "is empty" if not size else "is cut short" if size < count * dtype.itemsize else "is too long"
         raise damaged(path, what, f"{size} bytes instead of {count * dtype.itemsize}")
     array = map_tokens(str(path), count, dtype)
-    if crc32 is not None and zlib.crc32(array.view(np.uint8)) != crc32:
+    if crc32 is not None and zlib_ng.crc32(array.view(np.uint8)) != crc32:
         raise damaged(path, "is damaged", "another CRC-32 than written")
     return array
