@@ -61,9 +61,10 @@ def check(folder, last):
 
 
 def killed_often(folder, times, seed):
-    draw, last = random.Random(seed), 0
-    killed_after(folder, 1, 0.1)
-    last = slots.newest([folder])
+    draw, last, seconds = random.Random(seed), None, 0.1
+    while last is None and seconds < 60:  # a busy machine may not let it write at once
+        killed_after(folder, 1, seconds)
+        last, seconds = slots.newest([folder]), 2 * seconds
     assert last
     for _ in range(times):
         last = check(folder, max(last, killed_after(folder, last + 1, draw.uniform(0, 0.05))))
