@@ -2,10 +2,11 @@
 
     python -m benchmarks.checkpoint [--megabytes N] [--rounds N] [--attempts N] [--rest SECONDS] [--folder DIR] [--out FILE.json]
 
-Each round rests (undisturbed steps: memory and disk cool down as between real saves), saves with no step beside it,
-rests, and saves beside steps that donate their state. `lost` is the time from the call to the commit that did not
-go into steps at their undisturbed pace: the call itself and every slower step. Ratios are within a round; medians over
-the rounds that other processes left alone, or over all if there were none. Memory is the process's resident set.
+Each round rests (undisturbed steps: memory and disk cool down as between real saves), saves with no step beside it, by
+our code and by Orbax's own synchronous Checkpointer, and saves beside steps that donate their state. `lost` is the time
+from the call to the commit that did not go into steps at their undisturbed pace: the call itself and every slower step.
+Ratios are within a round; medians over the rounds that other processes left alone, or over all if there were none.
+Memory is the process's resident set.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 
 from jaxtrain import runtime
 from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
@@ -41,6 +44,8 @@ NAMES = {
     "blocked": "save beside steps: the call, s",
     "lost": "save beside steps: all that the loop lost, s",
     "ratio": "lost / save with nothing beside it",
+    "orbax": "save by Orbax's synchronous Checkpointer, s",
+    "of_orbax": "lost / save by Orbax's synchronous Checkpointer",
     "others": "cores that other processes kept busy",
 }
 Step = Callable[[Any], Any]
@@ -68,7 +73,7 @@ def main() -> int:
 def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, float]], dict[str, float]]:
     state, step = training(options.megabytes)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1))
+    checkpoints = Checkpoints(folder / "ours", CheckpointConfig(keep_last=1))
     _, state = steps_for(options.rest, step, state)
     before = settled()
     with peak() as first:
@@ -81,14 +86,17 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, f
         with peak() as alone:
             _, state = steps_for(options.rest, step, state)
         sync = save_alone(checkpoints, 2 * number, state)
+        _, state = steps_for(options.rest, step, state)
+        orbax = save_by_orbax(folder / "orbax", state)
         pace, state = steps_for(options.rest, step, state)
         with peak() as beside:
             blocked, elapsed, count, state = save_beside(checkpoints, 2 * number + 1, step, state)
         after, state = steps_for(options.rest, step, state)
         pace = (pace + after) / 2
         lost = elapsed - count * pace
-        rounds.append({"step": pace, "sync": sync, "blocked": blocked, "lost": lost, "steps": count, "ratio": lost / sync})
-        rounds[-1] |= {"others": others(), "memory": (kept + max(0, beside[0] - alone[0])) / size}
+        rounds.append({"step": pace, "sync": sync, "orbax": orbax, "blocked": blocked, "lost": lost, "steps": count})
+        rounds[-1] |= {"ratio": lost / sync, "of_orbax": lost / orbax, "others": others()}
+        rounds[-1] |= {"memory": (kept + max(0, beside[0] - alone[0])) / size}
         print("  ".join(f"{name} {value:.3f}" for name, value in rounds[-1].items()), flush=True)
     counted = quiet(rounds) or rounds
     rows = {"state, MB": size / 1e6, "rounds counted": len(counted), "rounds": len(rounds)}
@@ -135,6 +143,14 @@ def save_alone(checkpoints: Checkpoints, number: int, state: Any) -> float:
     begun = time.perf_counter()
     checkpoints.save(number, state, **NOTE)
     checkpoints.wait()
+    return time.perf_counter() - begun
+
+
+def save_by_orbax(folder: Path, state: Any) -> float:
+    """What a program without code of its own would wait for. The last one's files are removed first, as we do."""
+    shutil.rmtree(folder, ignore_errors=True)
+    begun = time.perf_counter()
+    ocp.Checkpointer(ocp.StandardCheckpointHandler()).save(folder, args=ocp.args.StandardSave(state))
     return time.perf_counter() - begun
 
 
