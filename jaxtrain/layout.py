@@ -144,11 +144,13 @@ def runs_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> bool:
 
 
 def within_stages(config: RunConfig, sizes: Mapping[str, int]) -> Rules:
-    """The config's rules; where a pipeline runs, a ring of keys gives way to gathered ones.
+    """The config's rules; where a pipeline runs, a ring of keys over no power of two gives way to gathered ones.
 
-    A permute waits for all devices that it names, also those of stages that are in another branch of the program.
+    A permute waits for all devices that it names, also those of stages that are in another branch of the program; the
+    exchanges of two that stand for it there need a hypercube.
     """
-    if not (runs_pipeline(config, sizes) and isinstance(config.rules.context, Ring)):
+    shards = config.rules.shards("S", sizes)
+    if not (runs_pipeline(config, sizes) and isinstance(config.rules.context, Ring)) or shards & (shards - 1) == 0:
         return config.rules
     return dataclasses.replace(config.rules, context=Gathered(zigzag=config.rules.context.zigzag))
 

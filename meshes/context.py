@@ -137,6 +137,13 @@ class _Plan:
     tile: int
     zigzag: bool
     ring: bool
+    pairs: bool  # keys go round by exchanges of two shards, not by a permute
+
+    @property
+    def hops(self) -> Array:
+        """For each hop on the way round which bit of a shard's number it changes: a Gray code, whose last leads home."""
+        numbers = np.arange(1, self.shards + 1)
+        return jnp.asarray(np.log2(numbers & -numbers), jnp.int32).at[-1].add(-1)
 
     def spec(self, ndim: int) -> PartitionSpec:
         axes = (self.rows or None, self.columns or None, self.heads or None)
@@ -174,7 +181,7 @@ def _plan(q_BSNH: Array, tile: int) -> _Plan:
     limit = tile or math.isqrt(TILE_BYTES["gpu" if platform() == "gpu" else "cpu"] // (4 * B * N))
     tile = next(t for t in range(max(1, min(limit, chunk)), 0, -1) if chunk % t == 0)
     ring = layout is not None and not isinstance(layout.rules.context, Gathered)
-    return _Plan(mesh, rows, columns, heads, parts[1], chunk, tile, zigzag, ring)
+    return _Plan(mesh, rows, columns, heads, parts[1], chunk, tile, zigzag, ring, pairs="stage" in inside.manual_axes)
 
 
 class _Queries(NamedTuple):
@@ -295,19 +302,32 @@ def _scattered(plan, x: Array) -> Array:
     return x if plan.shards == 1 else lax.psum_scatter(x, plan.columns, scatter_dimension=0, tiled=True)
 
 
-def _passed(plan, tree: Any) -> Any:
-    """All of the tree to the next shard of the ring, as one message: XLA on GPUs keeps one permute in flight at a time,
+def _passed(plan, tree: Any, hop: Array) -> Any:
+    """All of the tree to the next shard on the way, as one message: XLA on GPUs keeps one permute in flight at a time,
     so that of several only the last would go on beside the products."""
     leaves, structure = jax.tree.flatten(tree)
     words = [lax.bitcast_convert_type(x, jnp.uint16).reshape(-1) for x in leaves]  # of 2 and 4 bytes, as they are
-    message = _shifted(plan, jnp.concatenate(words))
+    message = _shifted(plan, jnp.concatenate(words), hop)
     parts = jnp.split(message, np.cumsum([word.size for word in words])[:-1])
     return structure.unflatten([_read(part, x) for part, x in zip(parts, leaves, strict=True)])
 
 
-def _shifted(plan, x: Array) -> Array:
-    """From the shard before."""
-    return lax.ppermute(x, plan.columns, [(shard, (shard + 1) % plan.shards) for shard in range(plan.shards)])
+def _shifted(plan, x: Array, hop: Array) -> Array:
+    """From the shard before; `hop` is one of the plan's.
+
+    Within a stage of a pipeline a permute would wait for stages that do something else, so there the way is one along
+    which two shards exchange at each hop: a hypercube's, and what gathers the two names the devices of one stage.
+    """
+    if not plan.pairs:
+        return lax.ppermute(x, plan.columns, [(shard, (shard + 1) % plan.shards) for shard in range(plan.shards)])
+    return lax.switch(hop, [partial(_exchanged_with, plan, 1 << bit, x) for bit in range(int(math.log2(plan.shards)))])
+
+
+def _exchanged_with(plan, bit: int, x: Array) -> Array:
+    """What the shard has whose number differs in this bit."""
+    pairs = [[shard, shard | bit] for shard in range(plan.shards) if not shard & bit]
+    both = lax.all_gather(x, plan.columns, axis_index_groups=pairs)
+    return jnp.where(lax.axis_index(plan.columns) & bit, both[0], both[1])
 
 
 def _read(words: Array, like: Array) -> Array:
@@ -318,28 +338,36 @@ def _read(words: Array, like: Array) -> Array:
 def _ring_sums(plan, sums: _Sums, queries: _Queries, keys: _Keys) -> _Sums:
     """Keys go round, n - 1 times; the next are on their way while these are multiplied. Liu et al. 2023, arXiv 2310.01889."""
 
-    def visit(carry, _):
+    def visit(carry, hop):
         sums, keys = carry
-        ahead = _passed(plan, keys)
+        ahead = _passed(plan, keys, hop)
         return (_add_keys(sums, queries, keys), ahead), None
 
-    (sums, keys), _ = lax.scan(visit, (sums, keys), length=plan.shards - 1)
+    (sums, keys), _ = lax.scan(visit, (sums, keys), plan.hops[:-1])
     return _add_keys(sums, queries, keys)
 
 
 def _ring_slopes(plan, dq, queries: _Queries, slopes: _Slopes, keys: _Keys):
     """Keys go round as before, and one step behind them the sums of their gradients, until these are home."""
 
-    def visit(carry, _):
+    def visit(carry, hops):
         dq, dkv, keys = carry
-        before, ahead = _passed(plan, (dkv, keys))
+        before, ahead = _passed_on(plan, dkv, keys, *hops)
         dq, *more = _slopes_of_keys(dq, queries, slopes, keys)
         return (dq, jax.tree.map(jnp.add, before, more), ahead), None
 
-    ahead = _passed(plan, keys)
+    hops = plan.hops
+    ahead = _passed(plan, keys, hops[0])
     dq, *dkv = _slopes_of_keys(dq, queries, slopes, keys)
-    (dq, dkv, _), _ = lax.scan(visit, (dq, dkv, ahead), length=plan.shards - 1)
-    return dq, *_passed(plan, dkv)
+    (dq, dkv, _), _ = lax.scan(visit, (dq, dkv, ahead), (hops[:-1], hops[1:]))
+    return dq, *_passed(plan, dkv, hops[-1])
+
+
+def _passed_on(plan, dkv: Any, keys: _Keys, hop: Array, next_hop: Array) -> tuple[Any, _Keys]:
+    """The gradients' sums by the hop that the keys before took, and the keys by the next; in one message in a ring."""
+    if plan.pairs:
+        return _passed(plan, dkv, hop), _passed(plan, keys, next_hop)
+    return _passed(plan, (dkv, keys), hop)
 
 
 # ---- tile by tile

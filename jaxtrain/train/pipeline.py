@@ -38,8 +38,8 @@ def describe(config: RunConfig, sizes: Mapping[str, int]) -> str:
         f"pipeline {config.rules.pipeline}: {simulation.table.num_microbatches} microbatches, layers {layers}; "
         f"{simulation.lockstep.bubble:.0%} of the time idle"
     )
-    ring = within_stages(config, sizes) != config.rules and sizes.get("context", 1) > 1
-    return f"{line}; attention gathers keys, for a ring's messages would wait for other stages" if ring else line
+    gathers = within_stages(config, sizes) != config.rules
+    return f"{line}; attention gathers keys, for within a stage a ring takes shards by powers of two" if gathers else line
 
 
 def unstaged(blueprint: Blueprint) -> Rules:

@@ -67,8 +67,8 @@ def _rules(way, **acts):
     return replace(DEFAULT, context=way, acts=DEFAULT.acts | acts)
 
 
-def _compiled(mesh, rules, arrays, tile=4):
-    """The program: columns take the order of the step, attention runs, its results are put back."""
+def _run(mesh, rules, tile=4):
+    """Columns take the order of the step, attention runs, its results are put back."""
 
     def run(q, k, v, do, segments):
         with meshes.use(mesh, rules), context.balanced({"segments": segments}) as batch:
@@ -78,11 +78,11 @@ def _compiled(mesh, rules, arrays, tile=4):
             o, pull = jax.vjp(f, take(q), *(x[:, order] for x in (k, v)))
             return tuple(x[:, np.argsort(order)] for x in (o, *pull(take(do))))
 
-    return jax.jit(run).lower(*arrays).compile()
+    return run
 
 
 def _on(mesh, rules, arrays, **options):
-    return _compiled(mesh, rules, arrays, **options)(*arrays)
+    return jax.jit(_run(mesh, rules, **options))(*arrays)
 
 
 def _assert_equal(ours, expected, tolerance):
@@ -116,6 +116,23 @@ def test_every_way_equals_float64_numpy_in_values_and_gradients(mesh, way, heads
 def test_key_heads_fewer_than_the_tensor_axis_are_repeated(way):
     arrays = _arrays(heads=8, kv_heads=1)
     _assert_equal(_on(_mesh(context=2, tensor=2), _rules(WAYS[way], K=None), arrays), _reference(*arrays), FP32)
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8, 16])
+def test_the_way_of_exchanges_passes_every_shard_once_and_ends_at_home(shards):
+    plan = context._Plan(None, (), ("context",), (), shards, chunk=1, tile=1, zigzag=False, ring=True, pairs=True)
+    places = np.bitwise_xor.accumulate(1 << np.asarray(plan.hops))
+    assert sorted(places) == list(range(shards)) and places[-1] == 0
+
+
+@pytest.mark.parametrize("shards", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_ring_within_a_stage_equals_float64_numpy_and_permutes_nothing(shards):
+    """There a permute would wait for stages that are in another branch of the program."""
+    mesh, arrays = _mesh(context=shards), _arrays(heads=4, kv_heads=2)
+    whole = partial(jax.shard_map, mesh=mesh, axis_names={"stage"}, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+    run = jax.jit(whole(_run(mesh, _rules(Ring())), check_vma=False)).lower(*arrays).compile()
+    assert "collective-permute(" not in run.as_text()
+    _assert_equal(run(*arrays), _reference(*arrays), FP32)
 
 
 def test_one_document_a_row_needs_no_segments():

@@ -14,7 +14,7 @@ from jaxtrain.layout import check_layout, num_microbatches
 from jaxtrain.train.pipeline import divide
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step, lowered
-from meshes import DEFAULT, ZERO1, GPipe, Interleaved, OneFOneB, ZeroBubble
+from meshes import DEFAULT, ZERO1, Gathered, GPipe, Interleaved, OneFOneB, Ring, Ulysses, ZeroBubble
 from tests.parity.test_layouts import (
     CONFIG,
     MODEL,
@@ -54,13 +54,19 @@ def _assert_equal_to_one_device(config, **sizes):
         dict(stage=2, context=2, fsdp=2),
         pytest.param(dict(stage=2, expert=2, fsdp=2), marks=SLOW),
         pytest.param(dict(stage=2, replica=2, tensor=2), marks=SLOW),
-        pytest.param(dict(stage=2, context=2, tensor=2), marks=SLOW),
     ],
     ids=lambda sizes: " ".join(f"{axis}{size}" for axis, size in sizes.items()),
 )
 def test_stages_beside_other_axes_equal_one_device(sizes, capfd):
     _assert_equal_to_one_device(CONFIG, **sizes)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [dict(stage=2, context=4), dict(stage=2, context=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("way", [Ring(), Gathered(), Ulysses()], ids=str)
+def test_every_way_of_attention_within_a_stage_equals_one_device(way, sizes):
+    _assert_equal_to_one_device(dataclasses.replace(CONFIG, rules=dataclasses.replace(DEFAULT, context=way)), **sizes)
 
 
 @pytest.mark.parametrize(
