@@ -9,7 +9,7 @@ PYTHONS ?= $(shell for v in 3.12 3.13; do for p in python$$v $$HOME/.pyenv/versi
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --group test pyproject.toml
 
-.PHONY: help train test test-slow test-matrix bench cuda12 cuda13 lock clean
+.PHONY: help train test test-slow test-matrix bench cuda12 cuda13 plan lock clean
 
 help:
 	@echo 'make train         train configs/quickstart.py on whatever this machine has'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test-matrix   the fast tests on Python 3.12 and 3.13 with the newest jax, where the machine has them'
 	@echo 'make bench         measure this machine and our training step on it (an NVIDIA GPU)'
 	@echo 'make cuda12        add the NVIDIA libraries of CUDA 12 to $(VENV); cuda13: of CUDA 13'
+	@echo 'make plan          add to $(VENV)/plan what compiles GPU programs without a GPU (1 GB); some slow tests take it'
 	@echo 'make lock          resolve requirements.lock again; ARGS=--upgrade takes the newest of everything'
 
 train: $(VENV)/ready
@@ -40,6 +41,11 @@ bench: $(VENV)/ready
 
 cuda12 cuda13: $(VENV)/ready
 	$(RUN) -m pip install "jax[$@]==$$($(RUN) -c 'import jax; print(jax.__version__)')"
+
+# In a folder apart: where jax finds the plugin and no GPU, every run would start with its complaint.
+plan: $(VENV)/ready
+	v=$$($(RUN) -c 'import jax; print(jax.__version__)'); $(RUN) -m pip install --no-deps --upgrade --target $(VENV)/plan \
+		"jax-cuda13-plugin==$$v.*" "jax-cuda13-pjrt==$$v.*" 'nvidia-cuda-nvcc>=13,<14' 'nvidia-nvvm>=13,<14'
 
 lock: $(VENV)/ready
 	$(RUN) -m pip install --quiet uv

@@ -11,6 +11,7 @@ from jax import checkpoint_policies as policies
 
 from meshes import constrain, overlap
 from meshes.context import columns
+from meshes.lookup import look_up
 from models.draw import normals
 from models.kernels import attend
 from models.family import Dense, Grouped, Stack
@@ -59,11 +60,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BS) -> jax.Array:
         """tokens_BS -> x_BRD, the start of the residual stream."""
-        # By way of "BSD": the gradient then adds up rows of one layout, where the partitioner would exchange shards.
-        # Within a pipeline's stage jax 0.12's partitioner aborts on a look-up in a table whose rows are apart.
-        staged = "stage" in jax.sharding.get_abstract_mesh().manual_axes
-        table_VD = constrain(self.embed_VD[...], "_D" if staged else "VD")
-        return constrain(constrain(table_VD[tokens_BS], "BSD"), "BRD")
+        return constrain(look_up(self.embed_VD[...], tokens_BS), "BRD")
 
     def stacks(self) -> tuple[dict[str, jax.Array], ...]:
         """In order of execution: the parameters of equal layers by name, L first."""

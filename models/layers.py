@@ -90,7 +90,7 @@ def _gate_up(x_BRD, gate_DF, up_DF):
 def _down(h_BSF, down_FD):
     if overlap.rings():
         return overlap.scattered(h_BSF, down_FD, "FD")
-    return constrain(h_BSF @ constrain(down_FD, "FD"), "BRD")
+    return _scattered(h_BSF @ constrain(down_FD, "FD"))
 
 
 @regathered
@@ -98,4 +98,9 @@ def project_out(o_BSNH, o_NHD):
     """o_BSNH -> BRD: what attention writes to the residual stream."""
     if overlap.rings():
         return overlap.scattered(o_BSNH, o_NHD, "NHD")
-    return constrain(jnp.einsum("BSNH,NHD->BSD", o_BSNH, constrain(o_NHD, "NHD")), "BRD")
+    return _scattered(jnp.einsum("BSNH,NHD->BSD", o_BSNH, constrain(o_NHD, "NHD")))
+
+
+def _scattered(x_BSD):
+    """To BRD by way of BSD: its gradient is then gathered once, where the partitioner would for each of two products."""
+    return constrain(constrain(x_BSD, "BSD"), "BRD")

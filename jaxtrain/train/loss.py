@@ -28,9 +28,11 @@ def cross_entropy(h_BSD: Array, w_DV: Array, targets_BS: Array, weights_BS: Arra
     """-> (objective, sums): nll + z_weight * z, which carries the gradient to h and w, and the sums, which carry none.
 
     The gradient is formed beside the loss, so the logits exist once, in one chunk, and are not computed again. V may be
-    sharded: maximum, sum and the target's logit are reduced over its axis and no device holds a whole row. A target of
-    weight 0 may be any valid id.
+    sharded: maximum, sum and the target's logit are reduced over its axis and no device holds a whole row. w comes as it
+    is stored, and is gathered here, so that its gradient is summed into the stored parts. A target of weight 0 may be
+    any valid id.
     """
+    w_DV = meshes.constrain(w_DV, "DV")
     plan = _Plan(h_BSD, w_DV)
 
     def body(sums: Sums, chunk: tuple) -> tuple[Sums, None]:
@@ -43,6 +45,7 @@ def cross_entropy(h_BSD: Array, w_DV: Array, targets_BS: Array, weights_BS: Arra
 
 def _forward(h_BSD, w_DV, targets_BS, weights_BS, z_weight):
     """As `cross_entropy`, keeping dh in h's dtype and dw in fp32, summed over chunks but not yet over batch shards."""
+    w_DV = meshes.constrain(w_DV, "DV")
     plan = _Plan(h_BSD, w_DV)
 
     def body(carry: tuple, chunk: tuple) -> tuple[tuple, Array]:
@@ -55,7 +58,7 @@ def _forward(h_BSD, w_DV, targets_BS, weights_BS, z_weight):
 
     start = (zero_sums(), meshes.constrain(jnp.zeros((plan.rows, plan.columns, *w_DV.shape), jnp.float32), "BS_V"))
     (sums, dw_GXDV), dh = lax.scan(body, start, plan.split(h_BSD, targets_BS, weights_BS))
-    return (sums.nll + z_weight * sums.z, sums), (plan.join(dh), dw_GXDV.sum((0, 1)).astype(w_DV.dtype))
+    return (sums.nll + z_weight * sums.z, sums), (plan.join(dh), meshes.store(dw_GXDV.sum((0, 1)), "DV").astype(w_DV.dtype))
 
 
 def _backward(z_weight, gradients, cotangents):

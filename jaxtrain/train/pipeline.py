@@ -211,9 +211,8 @@ class _Model:
 
     def _last(self, ends: list[Array], x_BRD: Array, part: dict[str, Array]) -> tuple[Array, Sums]:
         model = self._of_ends(ends)
-        w_DV = meshes.constrain(model.unembedding(), "DV")
         z_loss = self._blueprint.config.z_loss
-        return cross_entropy(model.final(x_BRD), w_DV, part["targets"], part["weights"], z_loss)
+        return cross_entropy(model.final(x_BRD), model.unembedding(), part["targets"], part["weights"], z_loss)
 
     @property
     def _within_stage(self) -> Mapping[str, Axes]:

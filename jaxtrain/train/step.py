@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint, State
 from meshes.context import balanced
+from meshes.rules import axes_of
 
 Batch = dict[str, Array]
 
@@ -144,8 +145,7 @@ def _loss(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[Array, tuple
     """-> the objective, a sum over targets, and what it is made of."""
     model = blueprint.model(params)
     h_BSD, extras = model(batch["tokens"], batch["segments"], batch["positions"])
-    w_DV = meshes.constrain(model.unembedding(), "DV")
-    total, sums = cross_entropy(h_BSD, w_DV, batch["targets"], batch["weights"], blueprint.config.z_loss)
+    total, sums = cross_entropy(h_BSD, model.unembedding(), batch["targets"], batch["weights"], blueprint.config.z_loss)
     return total + extras.get("objective", 0.0), (sums, lax.stop_gradient(extras))
 
 
@@ -158,12 +158,10 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
         parts = num_microbatches(blueprint.config, blueprint.mesh.shape)
         return pipeline.gradients(blueprint, params, jax.tree.map(lambda x: _microbatches(x, parts), batch))
     count = jnp.maximum(batch["weights"].sum(), 1.0)
-    if blueprint.config.accumulate == 1:
-        return _microbatch_gradients(blueprint, params, batch, count)
     inside = jax.sharding.get_abstract_mesh()
     apart = inside.manual_axes
-    once = [axis for axis in blueprint.rules.reduced_once() if blueprint.mesh.shape.get(axis, 1) > 1 and axis not in apart]
-    if not once:
+    once, every = _reduced(blueprint, apart)
+    if not once or (blueprint.config.accumulate == 1 and not every):
         return _accumulated(blueprint, params, batch, count)
     if blueprint.rules.gather == "step":
         params = _compute_copy(blueprint, params)
@@ -171,7 +169,8 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
     def local(params: Any, batch: Batch, count: Array) -> tuple[tuple[Sums, Extras], Any]:
         return jax.tree.map(lambda x: x[None], _accumulated(blueprint, params, batch, count))
 
-    # By hand over these axes alone: the partitioner would sum over the devices after every microbatch.
+    # By hand over these axes alone: the partitioner would sum over the devices after every microbatch, and whole
+    # gradients over all axes at once, where a part of each is to be summed over the copies of that part.
     along = PartitionSpec(tuple(once))
     specs = dict(in_specs=(PartitionSpec(), along, PartitionSpec()), out_specs=along, axis_names=set(once))
     mesh = inside if apart else blueprint.mesh
@@ -180,8 +179,18 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
     return sums, _stored(blueprint, grads)
 
 
+def _reduced(blueprint: Blueprint, apart: Collection[str]) -> tuple[list[str], list[str]]:
+    """The axes over which gradients are summed once a step, as they are stored, and in every microbatch, into parts."""
+    rules, sizes = blueprint.rules, blueprint.mesh.shape
+    rows = [axis for axis in axes_of(rules.acts, "B") if sizes.get(axis, 1) > 1 and axis not in apart]
+    once = rules.reduced_once()
+    return [axis for axis in rows if axis in once], [axis for axis in rows if axis not in once and axis in axes_of(rules.params, "D")]
+
+
 def _accumulated(blueprint: Blueprint, params: Any, batch: Batch, count: Array) -> tuple[tuple[Sums, Extras], Any]:
     """One microbatch after the other; within a shard_map those of the devices' own rows."""
+    if blueprint.config.accumulate == 1:
+        return _microbatch_gradients(blueprint, params, batch, count)
 
     def gradients(part: Batch) -> tuple[tuple[Sums, Extras], Any]:
         return _microbatch_gradients(blueprint, params, part, count)
