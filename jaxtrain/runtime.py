@@ -259,7 +259,11 @@ def _compilation_cache(cache_dir: Path | None) -> None:
 def compile_anew_on_cpu() -> None:
     """Leaves the compilation cache alone from here on, on CPUs: a pipeline that XLA reads back from it deadlocks there.
 
-    Seen with jax 0.10.2: at stage 4 every first start trained and every later one hung in its first step's permutes.
+    XLA's CPU programs keep collectives in order by a resource that they share, and reading one back makes another for
+    each loop and branch (thunk_proto_serdes.cc). Then a device may run two that do not depend on each other in either
+    order: at stage 4 x fsdp 2 one of a pair waited in an all-gather, the other in an all-reduce, the rest in a permute,
+    each on one of the eight threads that the process has. NPROC=64, which gives it more, trains from the same cache
+    (jax 0.10.2). GPU programs are of another kind.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
