@@ -1,6 +1,6 @@
 """The quickstart's data and length with a mixture of experts: 8 narrow ones a layer, of which a token passes 2, and 1 shared.
 
-On two CPU cores it trains in a few minutes. Layouts by overrides alone, for instance
+On two CPU cores it trains in about ten minutes. Layouts by overrides alone, for instance
 `--fake-devices 8 --mesh.expert 2 --mesh.fsdp 2 --mesh.tensor 2` or `--fake-devices 8 --mesh.expert 4 --mesh.fsdp 2`.
 """
 

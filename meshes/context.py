@@ -181,7 +181,8 @@ def _plan(q_BSNH: Array, tile: int) -> _Plan:
     limit = tile or math.isqrt(TILE_BYTES["gpu" if platform() == "gpu" else "cpu"] // (4 * B * N))
     tile = next(t for t in range(max(1, min(limit, chunk)), 0, -1) if chunk % t == 0)
     ring = layout is not None and not isinstance(layout.rules.context, Gathered)
-    return _Plan(mesh, rows, columns, heads, parts[1], chunk, tile, zigzag, ring, pairs="stage" in inside.manual_axes)
+    pairs = "stage" in inside.manual_axes and parts[1] & (parts[1] - 1) == 0
+    return _Plan(mesh, rows, columns, heads, parts[1], chunk, tile, zigzag, ring, pairs)
 
 
 class _Queries(NamedTuple):

@@ -2,8 +2,12 @@
 
 import dataclasses
 import functools
+import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -224,3 +228,23 @@ def test_ten_inner_steps_send_at_least_eight_times_less_between_replicas(sent, l
     plain = _bytes_over_replica(CONFIG, replica=2, fsdp=2)
     assert plain > 4 * CONFIG.model.num_params() / 2  # every gradient's half, to the other replica and back
     assert _bytes_over_replica(dataclasses.replace(CONFIG, replicas=DiLoCo(every=10, sent=sent)), replica=2, fsdp=2) < plain / less
+
+
+QUICKSTART = 500  # steps, all of them
+
+
+def _heldout_loss(folder, *overrides):
+    """Of the quickstart on two replicas, at its end."""
+    command = [sys.executable, "-m", "jaxtrain", "train", "configs/quickstart.py", "--fake-devices", "2", "--mesh.replica", "2"]
+    command += ["--mesh.fsdp", "1", "--steps", str(QUICKSTART), "--runs-dir", str(folder), *overrides]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert not ran.returncode, ran.stderr[-2000:]
+    rows = map(json.loads, (folder / "quickstart" / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}[QUICKSTART]
+
+
+@pytest.mark.slow
+def test_the_quickstart_with_ten_inner_steps_ends_within_two_percent_of_data_parallelism(tmp_path):
+    """At equal tokens; a quarter of an hour on two cores."""
+    apart = _heldout_loss(tmp_path / "apart", "--replicas", "DiLoCo", "--replicas.every", "10")
+    assert apart <= 1.02 * _heldout_loss(tmp_path / "together")
