@@ -181,10 +181,11 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
 
 def _reduced(blueprint: Blueprint, apart: Collection[str]) -> tuple[list[str], list[str]]:
     """The axes over which gradients are summed once a step, as they are stored, and in every microbatch, into parts."""
-    rules, sizes = blueprint.rules, blueprint.mesh.shape
-    rows = [axis for axis in axes_of(rules.acts, "B") if sizes.get(axis, 1) > 1 and axis not in apart]
-    once = rules.reduced_once()
-    return [axis for axis in rows if axis in once], [axis for axis in rows if axis not in once and axis in axes_of(rules.params, "D")]
+    rules, once = blueprint.rules, blueprint.rules.reduced_once()
+    summed = [axis for letter in "BS" for axis in axes_of(rules.acts, letter)]
+    summed = [axis for axis in summed if blueprint.mesh.shape.get(axis, 1) > 1 and axis not in apart]
+    parts = [axis for axis in summed if axis not in once and axis in axes_of(rules.params, "D")]
+    return [axis for axis in summed if axis in once], parts
 
 
 def _accumulated(blueprint: Blueprint, params: Any, batch: Batch, count: Array) -> tuple[tuple[Sums, Extras], Any]:
