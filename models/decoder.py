@@ -16,7 +16,7 @@ from models.draw import normals
 from models.kernels import attend
 from models.family import Dense, Grouped, Stack
 from models.latent import latent
-from models.layers import frequencies, project_out, regathered, rms_norm, rotate, rotations, swiglu, together
+from models.layers import frequencies, in_loop, project_out, regathered, rms_norm, rotate, rotations, swiglu, together
 from models.mla import Latent
 from models.moe import Bias, Experts
 from models.routed import metrics, moved, routed
@@ -106,7 +106,8 @@ class Decoder(nnx.Module):
         if cfg.remat != "none":
             layer = jax.checkpoint(layer, policy=POLICIES[cfg.remat], prevent_cse=not cfg.scan_layers)
         if cfg.scan_layers:
-            return jax.lax.scan(layer, x_BRD, weights)
+            with in_loop():
+                return jax.lax.scan(layer, x_BRD, weights)
         unstacked = {name: jnp.unstack(w) for name, w in weights.items()}
         found = []
         for i in range(len(next(iter(unstacked.values())))):

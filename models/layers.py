@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,13 +16,33 @@ from meshes import constrain, overlap, platform
 if TYPE_CHECKING:
     from models.family import RopeScaling
 
+_in_loop: ContextVar[bool] = ContextVar("in_loop", default=False)
+
 
 def regathered(product):
     """A function linear in its activations whose backward lays out its weights anew instead of keeping them laid out.
 
     Kept, all layers' gathered weights would be alive together and FSDP's memory lost. Nothing is multiplied twice.
     """
-    return jax.checkpoint(product)
+    apart, shared = jax.checkpoint(product), jax.checkpoint(product, prevent_cse=False)
+
+    @functools.wraps(product)
+    def call(*args):
+        return (shared if _in_loop.get() else apart)(*args)
+
+    return call
+
+
+@contextlib.contextmanager
+def in_loop():
+    """Layers are traced here as the body of a loop: its forward and backward are two loops, and nothing that one gathers
+    is at hand in the other. So what remat computes again may share a gather with the backward, where apart from a loop
+    it is kept from sharing with the forward. In programs in part by hand the layers' weights were gathered three times."""
+    token = _in_loop.set(True)
+    try:
+        yield
+    finally:
+        _in_loop.reset(token)
 
 
 def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, eps: float, letter: str = "D") -> jax.Array:

@@ -2,8 +2,7 @@
 
 The budget holds, by kind and mesh axis, executions and bytes in one step on eight devices, of programs for CPUs and for
 GPUs; what stands in a branch counts as if it always ran. CPU programs have no reduce-scatter: an all-reduce stands for
-it. GPU programs need `make plan`. A known flaw is in it: beside copies (`data`, `replica`) and in pipelines, where the
-program is in part by hand, remat "full" gathers most of a layer's weights twice in the backward pass. After a change that is meant, `python -m tests.parity.test_collectives` writes both.
+it. GPU programs need `make plan`. After a change that is meant, `python -m tests.parity.test_collectives` writes both.
 """
 
 import functools
