@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxtrain.errors import RunError
 from jaxtrain.exits import AGAIN, FINAL, Exit
-from jaxtrain.resilience import evidence, verdict, vitals
+from jaxtrain.resilience import evidence, verdict, verified, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
@@ -32,6 +32,7 @@ SETTLE_S = 0.05  # between the first exit and the verdict: what ended with it
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
+ASLEEP_S = 2.0  # without a look: the machine or this process stood still, and the trainers may have
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
 ATTEMPTS = 5  # generations in a row without a new step
 
@@ -127,10 +128,14 @@ class Lead:
 
     def _watch(self) -> int | Verdict:
         """Until the generation ends: the run's exit code, or what went wrong."""
-        prepared, ended_well = False, None
+        prepared, said, ended_well = False, False, None
+        awake = looked = time.monotonic()
         while True:
             self._changed.wait(POLL_S)
             self._changed.clear()
+            if time.monotonic() > looked + ASLEEP_S:
+                awake = time.monotonic()
+            looked = time.monotonic()
             statuses = self._host.statuses()
             codes = [s.code for s in statuses]
             if all(code == 0 for code in codes):
@@ -144,7 +149,11 @@ class Lead:
             if not prepared and beats and min(beat.counts["step"] for beat in beats) >= 2:
                 self._host.prepare(self._host.processes)
                 prepared = True
-            if hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats):
+            if prepared and not said and self._host.ready():
+                _say("standbys are ready")
+                said = True
+            rested = time.monotonic() > awake + self._deadlines.floor
+            if rested and (hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats)):
                 return self._gathered(hang, statuses)
             if any(code == 0 for code in codes):
                 ended_well = ended_well or time.monotonic()
@@ -194,7 +203,8 @@ class Lead:
         codes = {s.code for s in statuses if s.code}
         if self._signals or codes & {*FINAL, *STOPPED}:
             return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
-        return verdict.of_exits(statuses)
+        found = verdict.of_exits(statuses)
+        return verdict.of_corruption(found, verified.accused(self._run_dir)) if Exit.CORRUPTED in codes else found
 
     def _last_exits(self, limit_s: float) -> int:
         end = time.monotonic() + limit_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -57,6 +58,15 @@ def of_exits(statuses: Sequence[Status]) -> Verdict | None:
     return Verdict(what=code_in_words(first.code), culprits=(first.index,), line=line, statuses=statuses)
 
 
+def of_corruption(found: Verdict, accused: Sequence[int]) -> Verdict:
+    """All trainers leave when copies differ, in any order: to blame are those whose copies did."""
+    guilty = [s for s in found.statuses if s.index in accused]
+    if not guilty:
+        return found
+    line = f"{', '.join(s.place for s in guilty)} held other bits than the other copies: {found.line}"
+    return Verdict(what="corruption", culprits=tuple(s.index for s in guilty), line=line, statuses=found.statuses)
+
+
 def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Beat]) -> Verdict | None:
     """None while all who run are within their deadlines. `seen`: pulses to learn from."""
     running = [s for s in statuses if s.code is None and s.beat]
@@ -78,8 +88,8 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
 
 
 def behind(running: Sequence[Status]) -> list[Status]:
-    """Those that the others wait for: the stopped; else who came least far; of equals, who is not waiting; else who has
-    been silent longest."""
+    """Those that the others wait for: the stopped; else who came least far; of equals, who is not waiting; else who stands
+    elsewhere than most; else who has been silent longest."""
     if stopped := [s for s in running if s.stopped]:
         return stopped
     progress = {s.index: (s.beat.step, PHASES.index(s.beat.phase)) for s in running}
@@ -89,6 +99,9 @@ def behind(running: Sequence[Status]) -> list[Status]:
     busy = [s for s in least if s.beat.phase not in WAITING]
     if busy and len(busy) < len(least):
         return busy
+    frame, many = Counter(s.frame for s in least).most_common(1)[0]
+    if frame and len(least) / 2 < many < len(least):
+        return [s for s in least if s.frame != frame]
     return [min(least, key=lambda s: s.beat.since)]
 
 
