@@ -1,6 +1,7 @@
 """The lead with small scripts in the place of trainers, always in a process of its own, as a user runs it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.resilience import pulse
 from jaxtrain.resilience.faults import Fault, parse
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +136,23 @@ def test_nothing_outlives_a_lead_that_is_killed(tmp_path):
     _assert_gone(tmp_path)
     code, _, _, _ = run(tmp_path)  # whose supervisor takes over what the killed one left in memory, and clears it
     assert code == 0 and not memory.exists()
+
+
+def test_a_machine_that_stood_still_is_no_failure(tmp_path):
+    lead = start(tmp_path, steps=150)
+    memory = Path(lead.stdout.readline().split()[1])
+    for _ in range(2):
+        assert "from step 0" in lead.stdout.readline()
+    trainers = [pulse.read(path).pid for path in memory.glob("*.pulse")]
+    for pid in (lead.pid, *trainers):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.5)  # longer than the deadline of any phase, and than a supervisor takes between two looks
+    for pid in (lead.pid, *trainers):  # the supervisor looks before any trainer has moved
+        time.sleep(0.2)
+        os.kill(pid, signal.SIGCONT)
+    lead.communicate(timeout=DEADLINE_S)
+    assert lead.returncode == 0 and len(trainers) == 2
+    assert not (tmp_path / "incidents.jsonl").exists()
 
 
 def test_a_run_has_one_supervisor_on_a_host(tmp_path):
