@@ -271,14 +271,17 @@ def compile_anew_on_cpu() -> None:
 
 
 def _share_compiled_programs() -> None:
-    """Gives a program one cache key in all processes on CPUs: process 0 alone writes the cache, and jax keys it there by
-    a topology that says which process asks, so that the others compiled at every start: 4 s of CPU time each. Instead of
-    it jax's own second choice, the kinds of the devices. Private to jax: the same in 0.10 and 0.12.
+    """Gives a program one cache key in all processes on CPUs. Process 0 alone writes the cache, and there jax puts into
+    the key which process asks and on which devices, so that the others compiled at every start: 4 s of CPU time each for
+    a small step. Instead, as on GPUs: the kinds of the devices, and none of their numbers. Private to jax (checked with
+    0.10.2): where it is not as here, all but process 0 compile.
     """
     from jax._src import cache_key
 
-    if not on_gpu():
+    hashed = getattr(cache_key, "_hash_serialized_compile_options", None)
+    if hashed and hasattr(cache_key, "_hash_devices") and not on_gpu():
         cache_key._hash_accelerator_config = cache_key._hash_devices
+        cache_key._hash_serialized_compile_options = lambda made, options, **_: hashed(made, options, True)
 
 
 def _join(me: Member, deadline_s: float) -> None:

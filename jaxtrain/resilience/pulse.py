@@ -16,7 +16,6 @@ from pathlib import Path
 
 from jaxtrain.resilience import faults
 
-# In the order of an update, so that of two trainers at one step the one whose phase comes first is behind.
 PHASES = ("start", "restore", "compile", "data", "step", "metrics", "evaluate", "snapshot", "save", "end")
 _HEAD = struct.Struct("<6q")  # sequence, pid, generation, step, phase, since when (CLOCK_MONOTONIC, ns)
 _TOOK = struct.Struct(f"<{2 * len(PHASES)}d")  # of each phase: how often, and the longest in seconds

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtrain.resilience.deadlines import Deadlines
-from jaxtrain.resilience.pulse import PHASES, Beat
-
-WAITING = ("metrics", "compile", "evaluate", "save", "snapshot", "restore")  # phases in which a trainer waits for the others
+from jaxtrain.resilience.pulse import Beat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +69,10 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
     """None while all who run are within their deadlines. `seen`: pulses to learn from."""
     running = [s for s in statuses if s.code is None and s.beat]
     allowed = {s.index: deadlines.allowed(s.beat.phase, seen) for s in running}
-    late = [s for s in running if s.beat.age() > allowed[s.index]]
-    if not late:
+    late = {s.index for s in running if s.beat.age() > allowed[s.index]}
+    culprits = behind(running) if late else []
+    if not late.intersection(s.index for s in culprits):  # who is late may wait for one that has time left
         return None
-    culprits = behind(running)
     waiting = len(running) - len(culprits)
     who = ", ".join(s.place for s in culprits)
     one = culprits[0]
@@ -88,17 +86,14 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
 
 
 def behind(running: Sequence[Status]) -> list[Status]:
-    """Those that the others wait for: the stopped; else who came least far; of equals, who is not waiting; else who stands
-    elsewhere than most; else who has been silent longest."""
+    """Those that the others wait for: the stopped; else who came least far, by the numbers of their beats, since all go
+    through the same phases in the same order; of equals, who stands elsewhere than most; else who has been silent
+    longest."""
     if stopped := [s for s in running if s.stopped]:
         return stopped
-    progress = {s.index: (s.beat.step, PHASES.index(s.beat.phase)) for s in running}
-    least = [s for s in running if progress[s.index] == min(progress.values())]
+    least = [s for s in running if s.beat.sequence == min(s.beat.sequence for s in running)]
     if len(least) < len(running):
         return least
-    busy = [s for s in least if s.beat.phase not in WAITING]
-    if busy and len(busy) < len(least):
-        return busy
     frame, many = Counter(s.frame for s in least).most_common(1)[0]
     if frame and len(least) / 2 < many < len(least):
         return [s for s in least if s.frame != frame]
