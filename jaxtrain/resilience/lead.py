@@ -154,7 +154,9 @@ class Lead:
                 said = True
             rested = time.monotonic() > awake + self._deadlines.floor
             if rested and (hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats)):
-                return self._gathered(hang, statuses)
+                found = self._gathered(hang, statuses)
+                if not self._went_on(hang):
+                    return found
             if any(code == 0 for code in codes):
                 ended_well = ended_well or time.monotonic()
                 if time.monotonic() > ended_well + FINISH_S:
@@ -227,6 +229,15 @@ class Lead:
             return found
         again = verdict.of_hang(with_frames, self._deadlines, [])
         return found if again is None else again
+
+    def _went_on(self, hang: Verdict) -> bool:
+        """Whether the culprits have moved while the evidence was gathered: they were slow."""
+        before = {s.index: s.beat.sequence for s in hang.statuses if s.index in hang.culprits}
+        after = {s.index: s.beat.sequence for s in self._host.statuses() if s.beat}
+        moved = any(after.get(index) != sequence for index, sequence in before.items())
+        if moved:
+            _say(f"no incident, it went on: {hang.line}")
+        return moved
 
     def _after(self, found: Verdict, alive: list[int], times: dict[str, float]) -> None:
         """Records the incident; raises RunError where going on makes no sense."""

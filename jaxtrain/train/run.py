@@ -155,7 +155,6 @@ def _run(
     state, signal = _trained(opened, stop, start)
     if opened.snapshots:
         opened.snapshots.discard()
-    pulse.beat("end", int(state.step))
     if signal:
         _say(process, f"stopped by {Signals(signal).name} at step {int(state.step)}; the same command continues")
         return Exit.PREEMPTED if signal == SIGTERM else Exit.INTERRUPTED
@@ -250,7 +249,7 @@ def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
             opened.pulse.beat("save", start.step)
             save(start.step, start.state)  # killed in its last save: memory alone has the end
         state, signal = loop.run(start.state, loader, start.step)
-        opened.pulse.beat("save", int(state.step))
+        opened.pulse.beat("end", int(state.step))  # with all of the last save, beside which no loop goes on
         checkpoints.wait()
         recorder.flush()
         return state, signal
