@@ -16,6 +16,7 @@ UNKNOWN = dict(
 # another host's compilation cache is empty; the loop waits 60 s for the save before and 60 s for a disk to take a copy.
 LEAST = dict(start=120.0, restore=600.0, compile=300.0, save=150.0)
 ENOUGH = dict(data=8, step=8, metrics=8)  # times before a phase is known; the others: once
+FEW_S = 60.0  # the least that is allowed where it came fewer times
 FACTOR = 8.0  # over the longest so far
 
 
@@ -27,6 +28,8 @@ class Deadlines:
 
     def allowed(self, phase: str, seen: Iterable[Beat]) -> float:
         """Seconds that a trainer may be in this phase. `seen`: the pulses of the run, this generation's and older."""
-        known = [beat.longest[phase] for beat in seen if beat.counts[phase] >= ENOUGH.get(phase, 1)]
-        learned = FACTOR * max(known) if known else UNKNOWN[phase]
+        came = [(beat.counts[phase], beat.longest[phase]) for beat in seen if beat.counts[phase]]
+        learned = FACTOR * max(longest for _, longest in came) if came else UNKNOWN[phase]
+        if max((count for count, _ in came), default=0) < ENOUGH.get(phase, 1):
+            learned = max(FEW_S, learned)
         return max(self.floor, LEAST.get(phase, 0.0), learned)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.resilience import pulse, verdict
-from jaxtrain.resilience.deadlines import FACTOR, LEAST, UNKNOWN, Deadlines
+from jaxtrain.resilience.deadlines import FACTOR, FEW_S, LEAST, UNKNOWN, Deadlines
 from jaxtrain.resilience.pulse import PHASES, Beat, Pulse
 from jaxtrain.resilience.verdict import Status
 
@@ -69,7 +69,8 @@ def test_a_deadline_is_learned_from_the_longest_so_far_and_never_below_the_floor
     assert deadlines.allowed("step", [beat(longest={"step": 0.1})]) == 10
     assert deadlines.allowed("step", [beat(longest={"step": 5.0}), beat(longest={"step": 2.0})]) == FACTOR * 5
     few = beat(longest={"step": 0.1}, counts={"step": 3})
-    assert deadlines.allowed("step", [few]) == UNKNOWN["step"]
+    assert deadlines.allowed("step", [few]) == FEW_S
+    assert deadlines.allowed("step", [beat(longest={"step": 20.0}, counts={"step": 3})]) == FACTOR * 20
     assert deadlines.allowed("compile", [beat(longest={"compile": 60.0}, counts={"compile": 1})]) == FACTOR * 60
     for phase, least in LEAST.items():  # a phase that is rare may take longer than it ever did
         assert deadlines.allowed(phase, [beat(longest={phase: 0.1})]) == least
