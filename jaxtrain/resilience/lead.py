@@ -122,6 +122,7 @@ class Lead:
         self._pace.restart()
         plan = Plan(generation=self._generation, service=f"localhost:{port}", first=0, count=count, env=env)
         ready = self._host.start(plan)
+        self._service = service
         if self._incident:
             self._incident.tier = "standbys" if ready else "new processes"
         return service
@@ -205,7 +206,7 @@ class Lead:
         codes = {s.code for s in statuses if s.code}
         if self._signals or codes & {*FINAL, *STOPPED}:
             return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
-        found = verdict.of_exits(statuses)
+        found = verdict.of_exits(statuses, self._service.code, self._service.ended)
         return verdict.of_corruption(found, verified.accused(self._run_dir)) if Exit.CORRUPTED in codes else found
 
     def _last_exits(self, limit_s: float) -> int:

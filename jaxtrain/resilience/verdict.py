@@ -41,14 +41,18 @@ class Verdict:
     statuses: Sequence[Status] = field(default=(), repr=False)
 
 
-def of_exits(statuses: Sequence[Status]) -> Verdict | None:
-    """None while nobody failed. The culprit: of those that a signal ended the first, else the first that failed.
+def of_exits(statuses: Sequence[Status], service: int | None = None, service_ended: float | None = None) -> Verdict | None:
+    """None while nobody failed. The culprit: of those that a signal ended the first, else the first that failed; none of
+    them where the coordination `service` had ended before, with this code, without which no trainer lives.
 
     When one trainer dies its neighbours in a collective fail within milliseconds, by an exception: the signal came first.
     """
     failed = sorted((s for s in statuses if s.code), key=lambda s: s.ended)
     if not failed:
         return None
+    if service_ended is not None and service_ended <= failed[0].ended:
+        line = f"the coordination service ended by {code_in_words(service or 0)}, and with it {len(failed)} trainers"
+        return Verdict(what="service lost", culprits=(), line=line, statuses=statuses)
     first = min(failed, key=lambda s: (s.code > 0, s.ended))
     others = f"; {len(failed) - 1} more failed after it" if len(failed) > 1 else ""
     step = f" at step {first.beat.step}, phase {first.beat.phase}" if first.beat else " before its first beat"

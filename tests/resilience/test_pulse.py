@@ -87,6 +87,13 @@ def test_a_signal_is_the_cause_though_a_neighbour_failed_before_it_was_seen():
     assert verdict.of_exits([status(0, 1, 5.0), status(1, 1, 4.0)]).culprits == (1,)
 
 
+def test_no_trainer_is_to_blame_where_the_service_that_all_hang_on_ended_before_them():
+    aborted = [status(0, -6, 5.0), status(1, -6, 5.1)]
+    lost = verdict.of_exits(aborted, -9, 4.9)
+    assert lost.culprits == () and "the coordination service ended by SIGKILL, and with it 2 trainers" in lost.line
+    assert verdict.of_exits(aborted, -9, 5.2).culprits == verdict.of_exits(aborted).culprits == (0,)
+
+
 @pytest.mark.parametrize(
     ("statuses", "culprits"),
     [
