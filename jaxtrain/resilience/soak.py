@@ -10,15 +10,17 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.command import parse
+from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError, RunError, closest
 from jaxtrain.resilience.faults import ENDING, HANGING, KINDS, PHASES, TOLERATED, Fault, as_flag
 
 OTHERS = (*TOLERATED, "flip-bit")
+GAP = 2  # steps at least from one fault to the next
 SECONDS = {"slow": 0.02, "stall-save": 3.0, "clock-jump": 3600.0}
 COLUMNS = ("fault", "step", "detected_as", "culprit_named", "tier", "recovery_seconds", "replayed_steps")
 
@@ -45,9 +47,10 @@ def main(argv: list[str]) -> int:
     options, config = call.options, call.load()
     if unknown := set(options.kinds) - set(ENDING) - set(OTHERS):
         raise ConfigError(f"a campaign has no {min(unknown)!r}.", fix=closest(min(unknown), (*ENDING, *OTHERS)))
-    if config.steps < 2 * (options.count + 1):
-        raise ConfigError(f"{options.count} faults do not fit into {config.steps} steps.", rule="two steps to a fault", fix="a larger --steps")
-    faults = draw(options, config.steps, config.checkpoint.every)
+    if config.steps < (least := (GAP + 1) * (options.count + 1)):
+        rule = f"{GAP + 1} steps to a fault, so that each comes after new steps"
+        raise ConfigError(f"{options.count} faults do not fit into {config.steps} steps.", rule=rule, fix=f"--steps {least}")
+    faults = draw(options, config)
     command = [str(call.config), *call.overrides, "--runs-dir", config.runs_dir]
     plain, disturbed = (config.run_dir.parent / f"{config.name}-{what}" for what in ("undisturbed", "soak"))
     codes = []
@@ -68,16 +71,23 @@ def main(argv: list[str]) -> int:
     return 0 if equal and not last["unplanned"] and all(row["detected_as"] != "nothing" for row in rows) else 1
 
 
-def draw(options: Options, steps: int, saves_every: int) -> list[Fault]:
-    """Faults spread evenly over the run, at a random step and process; one that ends its generation is the last of it."""
-    chance, span, faults, generation = random.Random(options.seed), steps / (options.count + 1), [], 1
+def draw(options: Options, config: RunConfig) -> list[Fault]:
+    """Faults spread evenly over the run, at a random step and process; one that ends its generation is the last of it.
+
+    Each comes within its own part of the run, steps after the one before: else nothing would be new in between.
+    """
+    chance, span, faults, generation = random.Random(options.seed), config.steps / (options.count + 1), [], 1
     for number in range(options.count):
-        kind, step = chance.choice(options.kinds), 1 + int(span * (number + chance.random()))
-        ends = kind in ENDING and kind not in HANGING
-        # A hang in a phase that the run has not been through yet is waited for as long as that may take.
-        phases = (*PHASES, "snapshot", "save") if ends and step < steps - saves_every else PHASES
-        process, phase = chance.randrange(options.processes), chance.choice(phases)
-        faults.append(Fault(kind=kind, process=process, step=step, phase=phase, generation=generation, seconds=SECONDS.get(kind, 1.0)))
+        kind, process, first = chance.choice(options.kinds), chance.randrange(options.processes), 1 + int(span * number)
+        steps = range(first, first + max(1, int(span) - GAP))
+        places = [(phase, step) for phase in PHASES for step in steps]
+        if kind in ENDING and kind not in HANGING:  # a hang is waited for as long as the phase may last
+            every = {"snapshot": config.snapshot.every, "save": config.checkpoint.every}
+            places += [(phase, step) for phase, n in every.items() for step in steps if n and step % n == 0]
+        phase = chance.choice(sorted({phase for phase, _ in places}))
+        step = chance.choice([step for other, step in places if other == phase])
+        fault = Fault(kind=kind, process=process, step=step, phase=phase, generation=generation)
+        faults.append(replace(fault, seconds=SECONDS.get(kind, fault.seconds)))
         generation += kind in ENDING
     return faults
 

@@ -1,5 +1,6 @@
 """Campaigns of faults: how they are drawn and told; one small campaign is run to its end behind the marker `slow`."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.resilience.faults import ENDING, HANGING, KINDS, PHASES, TOLERATED, Fault, as_flag, parse, placed
-from jaxtrain.resilience.soak import Options, draw, table
+from jaxtrain.resilience.soak import GAP, Options, draw, table
+from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -27,14 +30,17 @@ config = dataclasses.replace(
 
 
 def test_a_campaign_is_a_function_of_its_seed_in_which_a_fault_that_ends_a_generation_is_its_last():
-    options = Options(count=200, seed=7, processes=4)
-    faults = draw(options, steps=1000, saves_every=100)
-    assert faults == draw(options, steps=1000, saves_every=100) != draw(Options(count=200, seed=8, processes=4), 1000, 100)
+    config = dataclasses.replace(TINY, steps=1000, checkpoint=CheckpointConfig(every=50))
+    options, other = (Options(count=200, seed=seed, processes=4) for seed in (7, 8))
+    faults = draw(options, config)
+    assert faults == draw(options, config) != draw(other, config)
     for before, fault in zip(faults, faults[1:]):
-        assert fault.generation == before.generation + (before.kind in ENDING) and fault.step >= before.step
+        assert fault.generation == before.generation + (before.kind in ENDING) and fault.step >= before.step + GAP
     assert 0 < faults[0].step and faults[-1].step < 1000
     assert {fault.process for fault in faults} == {0, 1, 2, 3} and {fault.kind for fault in faults} == {*ENDING, *TOLERATED}
-    assert all(fault.phase in PHASES for fault in faults if fault.kind in HANGING or fault.step >= 900)
+    assert {fault.phase for fault in faults} == {*PHASES, "snapshot", "save"}
+    assert all(fault.phase in PHASES for fault in faults if fault.kind in HANGING)
+    assert all(fault.step % 50 == 0 for fault in faults if fault.phase == "save")  # where there is one
 
 
 @pytest.mark.parametrize("kind", KINDS)
