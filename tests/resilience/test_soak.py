@@ -30,7 +30,7 @@ config = dataclasses.replace(
 
 
 def test_a_campaign_is_a_function_of_its_seed_in_which_a_fault_that_ends_a_generation_is_its_last():
-    config = dataclasses.replace(TINY, steps=1000, checkpoint=CheckpointConfig(every=50))
+    config = dataclasses.replace(TINY, steps=1000, checkpoint=CheckpointConfig(every=7))
     options, other = (Options(count=200, seed=seed, processes=4) for seed in (7, 8))
     faults = draw(options, config)
     assert faults == draw(options, config) != draw(other, config)
@@ -40,7 +40,7 @@ def test_a_campaign_is_a_function_of_its_seed_in_which_a_fault_that_ends_a_gener
     assert {fault.process for fault in faults} == {0, 1, 2, 3} and {fault.kind for fault in faults} == {*ENDING, *TOLERATED}
     assert {fault.phase for fault in faults} == {*PHASES, "snapshot", "save"}
     assert all(fault.phase in PHASES for fault in faults if fault.kind in HANGING)
-    assert all(fault.step % 50 == 0 for fault in faults if fault.phase == "save")  # where there is one
+    assert all(fault.step % 7 == 0 for fault in faults if fault.phase == "save")  # where there is one
 
 
 @pytest.mark.parametrize("kind", KINDS)
