@@ -175,10 +175,19 @@ def _open(
     data = open_data(config, config.data, process.lead)
     evaluator = Evaluator(blueprint, process.lead) if config.eval else None
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
-    stack.callback(checkpoints.close)
+    stack.push(lambda kind, error, trace: _close(checkpoints, error))
     copies = Copies(blueprint) if every else None
     snapshots = tiers.opened(config)
     return _Opened(process, pulse, blueprint, data, evaluator, checkpoints, snapshots, verified, copies, record)
+
+
+def _close(checkpoints: Checkpoints, error: BaseException | None) -> None:
+    """What ended the run is what it says, and not a save that failed before that and was said then."""
+    try:
+        checkpoints.close()
+    except CheckpointError:
+        if error is None:
+            raise
 
 
 def _trained(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
