@@ -35,6 +35,7 @@ AGAIN_S = 10.0  # for the others to say why they end, where one was given what n
 ASLEEP_S = 2.0  # without a look: the machine or this process stood still, and the trainers may have
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
 ATTEMPTS = 5  # generations in a row without a new step
+PAUSES_S = (0.0, 5.0, 20.0, 60.0)  # before the attempts after the first, where trainers did not get to train: a full disk may pass
 
 
 @dataclass
@@ -105,6 +106,7 @@ class Lead:
                         self._close_incident()
                     return ended
                 self._after(ended, alive, {"verdict": judged, "fencing": time.monotonic()})
+                self._pause(ended)
                 if self._signals:  # while there was no trainer to hear it; the newest checkpoint stays
                     return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
         finally:
@@ -269,6 +271,16 @@ class Lead:
                 rule=f"the run reached step {self._reached} and does not get beyond it",
                 fix=f"look at what the trainers printed, and at {self._run_dir / 'incidents.jsonl'}",
             )
+
+    def _pause(self, found: Verdict) -> None:
+        trained = any(s.beat and s.beat.phase not in ("start", "restore") for s in found.statuses)
+        seconds = 0.0 if trained else PAUSES_S[self._failures - 1]
+        if seconds:
+            _say(f"the next attempt comes in {seconds:.0f} s")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._signals:
+            self._changed.wait(POLL_S)
+            self._changed.clear()
 
     def _close_incident(self) -> None:
         incident, self._incident = self._incident, None

@@ -102,6 +102,14 @@ def test_generations_that_make_no_progress_end_the_run_with_a_report(tmp_path):
     assert "5 generations in a row made no new step" in errors and "does not get beyond it" in errors
 
 
+@pytest.mark.slow
+def test_trainers_that_do_not_get_to_train_are_given_time(tmp_path):
+    faults = [f"exit:process=0,step=0,phase=restore,generation={number}" for number in (1, 2)]
+    code, _, errors, rows = run(tmp_path, *faults)
+    assert code == 0 and len(rows) == 2
+    assert errors.count("the next attempt comes in 5 s") == 1 and "in 20 s" not in errors
+
+
 def test_what_no_trainer_can_run_is_not_tried_again(tmp_path):
     code, _, _, rows = run(tmp_path, "exit:process=0,step=3")
     assert code == 0 and len(rows) == 1  # exit code 1 is tried again
