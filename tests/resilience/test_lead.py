@@ -104,7 +104,7 @@ def test_generations_that_make_no_progress_end_the_run_with_a_report(tmp_path):
 
 @pytest.mark.slow
 def test_trainers_that_do_not_get_to_train_are_given_time(tmp_path):
-    faults = [f"exit:process=0,step=0,phase=restore,generation={number}" for number in (1, 2)]
+    faults = [f"exit:process={i},step=0,phase=restore,generation={number}" for number in (1, 2) for i in (0, 1)]
     code, _, errors, rows = run(tmp_path, *faults)
     assert code == 0 and len(rows) == 2
     assert errors.count("the next attempt comes in 5 s") == 1 and "in 20 s" not in errors
