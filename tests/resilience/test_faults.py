@@ -101,9 +101,10 @@ def test_a_bit_that_flips_in_one_copy_is_found_and_the_run_goes_on_from_before_i
 
 
 def test_a_bit_that_flips_in_a_checkpoint_is_found_when_it_is_read_and_an_older_one_serves(launched):
-    faults = ("flip-bit:process=1,step=25,where=file", "kill:process=0,step=27")
-    code, said, (incident,), hashed = launched(faults, ("--snapshot.every", "0"))
-    assert code == 0 and "skipped the checkpoint of step 20" in said and incident["restored_step"] == 10, said
+    slow = "slow:process=0,step=41,seconds=0.3"  # the save of step 40 ends long before step 58
+    faults = ("flip-bit:process=1,step=58,where=file", "kill:process=0,step=59", slow)
+    code, said, (incident,), hashed = launched(faults, ("--snapshot.every", "0", "--checkpoint.every", "20"))
+    assert code == 0 and "skipped the checkpoint of step 40" in said and incident["restored_step"] == 20, said
     assert hashed == launched(())[-1]
 
 
