@@ -230,7 +230,8 @@ class Lead:
         except OSError as error:
             _say(f"the evidence is not kept: {error}")
             return found
-        again = verdict.of_hang(with_frames, self._deadlines, [])
+        beats = [s.beat for s in statuses if s.beat]
+        again = verdict.of_hang(with_frames, self._deadlines, self._seen + beats)
         return found if again is None else again
 
     def _went_on(self, hang: Verdict) -> bool:

@@ -85,6 +85,7 @@ def test_a_stopped_trainer_is_noticed_named_and_killed_with_the_evidence_kept(tm
 def test_a_trainer_that_hangs_in_python_is_named_though_the_other_runs_on(tmp_path):
     code, _, _, (row,) = run(tmp_path, "hang:process=1,step=12,phase=data")
     assert code == 0 and row["culprits"] == [1] and "phase data" in row["line"]
+    assert "(jaxtrain/resilience/injection.py" in row["line"]  # where it stands, from its stack
 
 
 def test_failures_one_after_the_other_are_each_recovered(tmp_path):
