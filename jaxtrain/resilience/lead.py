@@ -175,7 +175,8 @@ class Lead:
             if "start" not in incident.times and all(beat.phase != "start" for beat in beats):
                 incident.times["start"] = time.monotonic()
             if len(working) == len(beats) and incident.restored is None:
-                incident.restored, incident.state = step, beats[0].restored
+                incident.state, _, restored = beats[0].restored.partition(" ")
+                incident.restored = int(restored or 0)  # as told: by now they may have gone on from there
                 incident.times["restore"] = time.monotonic()
             if incident.restored is not None and step > incident.restored and "first step" not in incident.times:
                 incident.times["first step"] = time.monotonic()

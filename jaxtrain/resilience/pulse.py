@@ -35,7 +35,7 @@ class Beat:
     phase: str
     since: float
     about: str  # the writer in words: its place in the mesh
-    restored: str  # the tier that its state came from
+    restored: str  # what its state came from, as "snapshot 40"; "" from nothing
     counts: Mapping[str, int]
     longest: Mapping[str, float]  # seconds
 
@@ -66,7 +66,7 @@ class Pulse:
             self._at(phase, step)
 
     def about(self, place: str, restored: str = "") -> None:
-        """Says, for readers, who writes: its place in the mesh, and the tier that its state came from."""
+        """Says, for readers, who writes: its place in the mesh, and what its state came from: tier and step."""
         raw = f"{place}\n{restored}".encode()[: SIZE - _TEXT - 1]
         self._memory[_TEXT : _TEXT + 1 + len(raw)] = bytes([len(raw)]) + raw
 

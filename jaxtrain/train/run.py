@@ -146,7 +146,7 @@ def _run(
     if first_step < config.steps:
         opened.step  # begins to compile
     start = start or opened.fresh()
-    pulse.about(_coordinates(mesh), start.tier)
+    pulse.about(_coordinates(mesh), f"{start.tier} {start.step}" if start.tier else "")
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
     for line in _notes(config, mesh, opened, start):
         _say(process, line)
