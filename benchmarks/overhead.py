@@ -37,7 +37,7 @@ from models.llama import Config
 from tests.tiny import TINY
 model = Config(vocab_size=64, dim=384, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=64, ffn=1024)
 config = dataclasses.replace(
-    TINY, name="overhead", model=model, steps={steps}, batch=4, seq_len=128, log_every=10, eval=None,
+    TINY, name="overhead", model=model, steps={steps}, batch=2, seq_len=128, log_every=10, eval=None,
     mesh=MeshConfig(data=-1, fsdp=1), health=Health(hash_every=100), snapshot=SnapshotConfig(every=20),
     sinks=(Console(), Jsonl(), TensorBoard()), runs_dir={runs!r},
 )
