@@ -1,7 +1,7 @@
 """What supervision, recorder, snapshots and hashes cost a step together, inside a real run. `python -m benchmarks.overhead`
 
 A run of one process with two CPU devices that hold a copy of the state each, under `jaxtrain launch`, with a snapshot every
-20 steps, copies compared every 100 and a row of metrics every 10. Its config wraps the parts in clocks: of each the
+20 steps, copies compared before each and a row of metrics every 10. Its config wraps the parts in clocks: of each the
 seconds that the loop's thread spends in it (a comparison is waited for), and the CPU seconds behind it, of the snapshots'
 thread and of the supervisor. Their sum is given per step, as a part of the step's time and of 500 ms. CPU time behind the
 loop counts in full, as if both cores belonged to the step; beside accelerators it would cost nothing.
@@ -47,7 +47,7 @@ clocked({out!r}, config)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    steps: int = 340
+    steps: int = 200
 
 
 def main() -> None:
@@ -93,10 +93,11 @@ def clocked(out: str, config: Any) -> None:
     counts = {"on": False}
     behind = "snapshots: CPU behind the loop"
 
-    def around(owner: type, method: str, name: str, clock: Callable[[], float], finish: Callable[[Any], Any] = lambda x: x) -> None:
-        plain = getattr(owner, method)
+    def around(owner: type, method: str, name: str, clock: Callable[[], float], waits: bool = False) -> None:
+        plain, finish = getattr(owner, method), jax.block_until_ready if waits else lambda x: x
 
         def timed(*arguments: Any, **named: Any) -> Any:
+            finish(arguments[1:])  # the step that made them is none of its cost
             start = clock()
             try:
                 return finish(plain(*arguments, **named))
@@ -111,7 +112,7 @@ def clocked(out: str, config: Any) -> None:
     around(Recorder, "flush", "recorder: flushed before a snapshot", time.perf_counter)
     around(Snapshots, "save", "snapshots: the call", time.perf_counter)
     around(Snapshots, "_finish", behind, time.thread_time)
-    around(Copies, "compare", "hashes: a comparison of copies", time.perf_counter, jax.block_until_ready)
+    around(Copies, "compare", "hashes: a comparison of copies", time.perf_counter, waits=True)
     beat, begun = Pulse.beat, {}
 
     def counting(self: Pulse, phase: str, step: int) -> None:
