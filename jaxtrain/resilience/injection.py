@@ -33,7 +33,8 @@ class Injector:
     def __call__(self, phase: str, step: int) -> None:
         for fault in [fault for fault in self._waiting if phase == fault.phase and step >= fault.step]:
             if fault.kind in LATER:
-                return _ACTS[fault.kind](fault)
+                _ACTS[fault.kind](fault)
+                continue
             self._waiting.remove(fault)
             print(f"fault: {fault.kind} at step {step}, phase {phase}", file=sys.stderr, flush=True)
             _ACTS[fault.kind](fault)

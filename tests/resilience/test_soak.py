@@ -51,6 +51,15 @@ def test_a_fault_survives_being_told_on_a_command_line_and_can_be_made(kind):
     assert parse(as_flag(fault)) == fault and kind in _ACTS
 
 
+def test_a_fault_that_lasts_keeps_no_other_from_coming():
+    from jaxtrain.resilience.injection import Injector
+
+    injector = Injector([Fault(kind="slow", seconds=0.0), Fault(kind="exception", step=3)])
+    injector("step", 2)
+    with pytest.raises(RuntimeError, match="injected fault"):
+        injector("step", 3)
+
+
 def test_a_fault_with_a_seed_is_placed_within_the_run_and_keeps_what_was_said():
     first, second = (placed(parse(f"kill:seed={seed},phase=data"), 4, 100) for seed in (7, 8))
     assert first == placed(parse("kill:seed=7,phase=data"), 4, 100) != second
