@@ -1,7 +1,8 @@
-"""From a failure to the next completed step: detection, verdict, fencing, start, restore, first step. `python -m benchmarks.recovery`
+"""From a failure to the next completed step, part by part. `python -m benchmarks.recovery`
 
-A small run of four processes on CPU devices under `jaxtrain launch`; trainers are killed or stopped one after the other,
-each when the standbys for the next generation are there. Prints medians of each part and writes them as JSON.
+A small run of four processes on CPU devices under `jaxtrain launch`; its trainers are killed or stopped from outside, one
+after the other, at a random moment after the standbys for the next generation are there. Prints medians of detection,
+verdict, fencing, start, restore, first step and catch-up (steps computed again) and writes all of it as JSON.
 """
 
 from __future__ import annotations
@@ -9,11 +10,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import queue
+import random
+import re
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 CONFIG = """
@@ -23,11 +33,13 @@ from jaxtrain.observe.sinks import Console, Jsonl
 from jaxtrain.resilience.deadlines import Deadlines
 from tests.tiny import TINY
 config = dataclasses.replace(
-    TINY, name="recovery", steps={steps}, log_every=50, eval=None, watch=Deadlines(floor={floor}),
-    checkpoint=CheckpointConfig(every={every}), sinks=(Console(), Jsonl()), runs_dir={runs!r},
+    TINY, name="recovery", steps=1_000_000, log_every=50, eval=None, watch=Deadlines(floor={floor}),
+    checkpoint=CheckpointConfig(every=100), sinks=(Console(), Jsonl()), runs_dir={runs!r},
 )
 """
 PARTS = ("detection", "verdict", "fencing", "start", "restore", "first step")
+KINDS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
+PATIENCE_S = 180  # for the standbys to import, or for one recovery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,47 +47,97 @@ class Options:
     kills: int = 7
     hangs: int = 3
     processes: int = 4
-    apart: int = 300  # steps between two failures: as long as standbys take to import
     floor: float = 10.0  # seconds, the least deadline of a phase
+    seed: int = 0
 
 
 def main() -> None:
     import tyro
 
-    from jaxtrain.resilience.faults import Fault
-    from jaxtrain.resilience.soak import incidents, launch
-
     options = tyro.cli(Options)
-    kinds = ["kill"] * options.kills + ["stop"] * options.hangs
-    faults = [
-        Fault(kind=kind, process=number % options.processes, step=(number + 1) * options.apart, generation=number + 1)
-        for number, kind in enumerate(kinds)
-    ]
     with tempfile.TemporaryDirectory() as name:
-        folder, steps = Path(name), (len(kinds) + 1) * options.apart
-        (folder / "config.py").write_text(
-            CONFIG.format(steps=steps, floor=options.floor, every=options.apart // 6, runs=str(folder / "runs"))
-        )
-        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
-        launch([str(folder / "config.py")], options.processes, faults, folder / "log")
-        rows = incidents(folder / "runs" / "recovery")
-    medians = {kind: _medians([row for row in rows if (row["what"] == "hang") == (kind == "hangs")]) for kind in ("kills", "hangs")}
-    print(f"{'seconds':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "in all")))
+        rows = measured(options, Path(name))
+    medians = {kind: _medians([row for row in rows if (row["what"] == "hang") == (kind == "hang")]) for kind in KINDS}
+    columns = list(next(iter(filter(None, medians.values()))))
+    print(f"{'seconds':<9}" + "".join(f"{column:>15}" for column in columns))
     for kind, parts in medians.items():
-        print(f"{kind:<12}" + "".join(f"{value:>12.2f}" for value in parts.values()))
+        print(f"{kind:<9}" + "".join(f"{value:>15.2f}" for value in parts.values()))
     RESULTS.mkdir(exist_ok=True)
     packages = {name: version(name) for name in ("jax", "jaxlib", "orbax-checkpoint")}
     where = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), "versions": packages}
-    result = {"command": "python -m benchmarks.recovery", "options": asdict(options), "medians": medians} | where
-    (RESULTS / "recovery.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {"command": "python -m benchmarks.recovery", "options": asdict(options), "medians": medians, "incidents": rows}
+    (RESULTS / "recovery.json").write_text(json.dumps(result | where, indent=1) + "\n")
 
 
-def _medians(rows: list[dict]) -> dict[str, float]:
-    """Of each part, and of their sum: from the failure to the next completed step."""
+def measured(options: Options, folder: Path) -> list[dict[str, Any]]:
+    """The incidents of one run, in their order, with the load of the machine when each was caused."""
+    from jaxtrain.resilience.soak import incidents
+
+    (folder / "config.py").write_text(CONFIG.format(floor=options.floor, runs=str(folder / "runs")))
+    run, chance, loads = Run(folder, options.processes), random.Random(options.seed), []
+    kinds = ["kill"] * options.kills + ["hang"] * options.hangs
+    try:
+        for number, kind in enumerate(kinds, start=1):
+            run.wait_for("standbys are ready")
+            time.sleep(1 + chance.random())
+            loads.append(os.getloadavg()[0])
+            os.kill(run.pid(number, chance.randrange(options.processes)), KINDS[kind])
+            run.wait_for(f"incident {number}: over")
+            print(f"{kind} {number} of {len(kinds)}: {run.line}", flush=True)
+        run.wait_for("standbys are ready")  # so that the last is not ended half way
+    finally:
+        run.end()
+    return [row | {"load": load} for row, load in zip(incidents(folder / "runs" / "recovery"), loads)]
+
+
+class Run:
+    """A supervised run, and what it says."""
+
+    def __init__(self, folder: Path, processes: int):
+        from jaxtrain.resilience.host import memory_folder
+
+        self.line, self._memory = "", memory_folder(folder / "runs" / "recovery")
+        command = [sys.executable, "-m", "jaxtrain", "launch", "--processes", str(processes), str(folder / "config.py")]
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=lambda: [self._lines.put(line) for line in self._process.stdout], daemon=True).start()
+
+    def wait_for(self, words: str) -> None:
+        end = time.monotonic() + PATIENCE_S
+        self.line = ""
+        while not (self.line.startswith("[lead]") and words in self.line):
+            self.line = self._lines.get(timeout=max(0.1, end - time.monotonic())).rstrip()
+
+    def pid(self, generation: int, process: int) -> int:
+        from jaxtrain.resilience import pulse
+
+        return pulse.read(self._memory / f"{generation}.{process}.pulse").pid
+
+    def end(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def _medians(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each part; of their sum, from the failure to the next completed step; of that without a hang's deadline."""
     if not rows:
         return {}
-    parts = {part: statistics.median(row["seconds"][part] for row in rows) for part in PARTS}
-    return parts | {"in all": statistics.median(sum(row["seconds"][part] for part in PARTS) for row in rows)}
+    median = statistics.median
+    parts = {part: median([row["seconds"][part] for row in rows]) for part in PARTS}
+    sums = [sum(row["seconds"][part] for part in PARTS) for row in rows]
+    beyond = [took - _allowed(row["line"]) for took, row in zip(sums, rows)]
+    catch_up = median([row["seconds"]["catch-up"] for row in rows])
+    return parts | {"to next step": median(sums), "over deadline": median(beyond), "catch-up": catch_up}
+
+
+def _allowed(line: str) -> float:
+    """The deadline that a hang's verdict names."""
+    found = re.search(r"allowed: ([\d.]+) s", line)
+    return float(found.group(1)) if found else 0.0
 
 
 if __name__ == "__main__":

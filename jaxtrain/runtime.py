@@ -83,6 +83,7 @@ def start(
     me = member()
     if me is not None:
         _join(me, deadline_s)
+        _share_compiled_programs()
     return _process
 
 
@@ -271,6 +272,20 @@ def compile_anew_on_cpu() -> None:
     if not on_gpu():
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # whether it is used is decided at the first compilation, and kept
+
+
+def _share_compiled_programs() -> None:
+    """Gives a program one cache key in all processes on CPUs. Process 0 alone writes the cache, and there jax puts into
+    the key which process asks and on which devices, so that the others compiled at every start: 4 s of CPU time each for
+    a small step. Instead, as on GPUs: the kinds of the devices, and none of their numbers. Private to jax (checked with
+    0.10.2): where it is not as here, all but process 0 compile.
+    """
+    from jax._src import cache_key
+
+    hashed = getattr(cache_key, "_hash_serialized_compile_options", None)
+    if hashed and hasattr(cache_key, "_hash_devices") and not on_gpu():
+        cache_key._hash_accelerator_config = cache_key._hash_devices
+        cache_key._hash_serialized_compile_options = lambda made, options, **_: hashed(made, options, True)
 
 
 def _join(me: Member, deadline_s: float) -> None:

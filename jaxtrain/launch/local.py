@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         kinds = "\n".join(f"  {kind:<12}{what}" for kind, what in faults.KINDS.items())
         flags = "\n".join(f"  --{f.name.replace('_', '-')} (default: {f.default or 'none'})" for f in fields(Options))
-        print(f"usage: {main.__doc__}\n\n{flags}\n\nfaults, as KIND:process=1,step=30,phase=step:\n{kinds}")
+        print(f"usage: {main.__doc__}\n\n{flags}\n\nfaults, as KIND:process=1,step=30,phase=step or KIND:seed=7:\n{kinds}")
         return 0
     options, rest = parse(argv)
     config = parse_trainer("jaxtrain train", TrainerOptions, rest, doc=main.__doc__).load()
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     changed = threading.Event()
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"JAX_PLATFORMS": "cpu"} if devices else {})
     host = Host(["train", rest[0], *fake, *rest[1:]], options.processes, memory_folder(config.run_dir), changed, env)
-    injected = list(options.fault)
+    injected = [faults.placed(fault, options.processes, config.steps) for fault in options.fault]
     lead = Lead(host, config.run_dir, changed, config.watch, lambda number: faults.environment(injected, number))
     return lead.run()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from jaxtrain.resilience.verdict import Status
 
 GATHER_S = 8.0  # for all of it
+NATIVE_S = 2.0  # for native stacks, which take a second of CPU time each, and which no verdict needs
 _OURS = re.compile(r"^\s+(\S+) \((.*?):(\d+)\)$")  # a frame as py-spy prints it: function (file:line)
 
 
@@ -25,6 +26,7 @@ def gather(statuses: Sequence[Status], folder: Path) -> list[Status]:
     plain = {s.index: _spy(s.pid, "--nonblocking") for s in running}
     texts = {index: _output(process, end) for index, process in plain.items()}
     native = {s.index: _spy(s.pid, "--native") for s in running if not s.stopped}
+    end = min(end, time.monotonic() + NATIVE_S)
     for status in running:
         deep = _output(native.get(status.index), end)
         parts = [_about(status), _kernel(status.pid), texts[status.index], deep]

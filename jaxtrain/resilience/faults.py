@@ -1,14 +1,12 @@
-"""Faults as values, and their injection into a running trainer at a step and phase. What follows is the supervisor's work."""
+"""Faults as values: what goes wrong where and when, as text and back. How they come about is injection.py."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 from jaxtrain.errors import ConfigError, closest
 
@@ -21,9 +19,19 @@ KINDS = {
     "exit": "the process ends by itself, with code 1 and no word",
     "hang": "Python code waits for ever",
     "abort": "native code ends the process, as XLA does when it finds itself in a wrong state",
+    "oom": "memory that it asks for is refused",
+    "stall-data": "the loader's thread waits for ever for its source",
+    "stall-save": "the next save's files are written `seconds` later",
+    "disk-full": "the next save finds no room",
+    "flip-bit": "a bit changes, `where`: params, opt, grads, or file (of the newest checkpoint)",
+    "nan": "an example that is read next has a weight that is no number",
+    "clock-jump": "the wall clock goes `seconds` ahead",
 }
-ENDING = ("kill", "stop", "exception", "exit", "hang", "abort")  # those that end a generation
-LATER = ("slow",)  # those that act at every step from theirs on
+HANGING = ("stop", "hang", "stall-data")
+ENDING = ("kill", "exception", "exit", "abort", "oom", *HANGING)  # those that end a generation
+TOLERATED = ("slow", "stall-save", "disk-full", "clock-jump")  # those with which it goes on
+PHASES = ("data", "step", "metrics")  # through which every update goes
+WHERE = ("params", "opt", "grads", "file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +43,13 @@ class Fault:
     step: int = 1
     phase: str = "step"
     generation: int = 1
-    seconds: float = 1.0  # of slow
+    seconds: float = 1.0  # of slow, stall-save and clock-jump
+    where: str = "params"  # of flip-bit
+    seed: int = 0  # process, step and phase are drawn with it, where they are not given; 0: nothing is drawn
 
 
 def parse(text: str) -> Fault:
-    """`kill:process=1,step=30`. Raises ConfigError."""
+    """`kill:process=1,step=30`, `stop:seed=7`. Raises ConfigError."""
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
         raise ConfigError(f"there is no fault {kind!r}.", got=text, fix=closest(kind, KINDS))
@@ -54,6 +64,8 @@ def parse(text: str) -> Fault:
         except ValueError:
             rule = f"{name} is of type {kinds[name].__name__}"
             raise ConfigError(f"{name} cannot be {value!r}.", got=text, rule=rule) from None
+    if (where := values.get("where", "params")) not in WHERE:
+        raise ConfigError(f"no bit can be flipped in {where!r}.", got=text, fix=closest(where, WHERE))
     return Fault(kind=kind, **values)
 
 
@@ -63,43 +75,28 @@ def as_flag(fault: Fault) -> str:
     return f"{fault.kind}:{','.join(values)}"
 
 
-def environment(faults: list[Fault], generation: int) -> dict[str, str]:
+def placed(fault: Fault, processes: int, steps: int) -> Fault:
+    """With a seed: process, step and phase drawn for a run of so many, where they are still the defaults."""
+    if not fault.seed:
+        return fault
+    chance, plain = random.Random(fault.seed), Fault(kind=fault.kind)
+    drawn = {"process": chance.randrange(processes), "step": chance.randrange(1, max(2, steps)), "phase": chance.choice(PHASES)}
+    free = {name: value for name, value in drawn.items() if getattr(fault, name) == getattr(plain, name)}
+    return replace(fault, seed=0, **free)
+
+
+def environment(faults: Sequence[Fault], generation: int) -> dict[str, str]:
     """What tells the trainers of a generation of their faults."""
     mine = [asdict(fault) for fault in faults if fault.generation == generation]
-    return {"JAXTRAIN_FAULTS": json.dumps(mine)} if mine else {"JAXTRAIN_FAULTS": ""}
+    return {"JAXTRAIN_FAULTS": json.dumps(mine) if mine else ""}
 
 
 def mine(env: Mapping[str, str] = os.environ) -> Callable[[str, int], None] | None:
     """What a trainer calls at every phase: None where nothing is to go wrong."""
     index = int(env.get("JAXTRAIN_PROCESS_ID", "0"))
     given = [Fault(**fault) for fault in json.loads(env.get("JAXTRAIN_FAULTS") or "[]")]
-    waiting = [fault for fault in given if fault.process == index]
-    return _Injector(waiting) if waiting else None
+    if not (waiting := [fault for fault in given if fault.process == index]):
+        return None
+    from jaxtrain.resilience.injection import Injector
 
-
-class _Injector:
-    def __init__(self, waiting: list[Fault]):
-        self._waiting = waiting
-
-    def __call__(self, phase: str, step: int) -> None:
-        for fault in [fault for fault in self._waiting if phase == fault.phase and step >= fault.step]:
-            if fault.kind not in LATER:
-                self._waiting.remove(fault)
-                print(f"fault: {fault.kind} at step {step}, phase {phase}", file=sys.stderr, flush=True)
-            _ACTS[fault.kind](fault)
-
-
-def _raise(fault: Fault) -> None:
-    raise RuntimeError("injected fault")
-
-
-_ACTS: dict[str, Callable[[Fault], None]] = {
-    "kill": lambda fault: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda fault: os.kill(os.getpid(), signal.SIGSTOP),
-    "slow": lambda fault: time.sleep(fault.seconds),
-    "exception": _raise,
-    "sigterm": lambda fault: os.kill(os.getpid(), signal.SIGTERM),
-    "exit": lambda fault: os._exit(1),
-    "hang": lambda fault: time.sleep(1e9),
-    "abort": lambda fault: os.abort(),
-}
+    return Injector(waiting)

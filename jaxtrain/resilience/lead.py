@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxtrain.errors import RunError
 from jaxtrain.exits import AGAIN, FINAL, Exit
-from jaxtrain.resilience import evidence, verdict, vitals
+from jaxtrain.resilience import evidence, verdict, verified, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
@@ -27,13 +27,16 @@ from jaxtrain.resilience.pulse import Beat
 from jaxtrain.resilience.verdict import Status, Verdict, as_shell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-POLL_S = 0.02  # between two looks at the pulses; an exit is noticed at once
+POLL_S = 0.02  # between two looks at the pulses while something is awaited; an exit is noticed at once
+CALM_S = 0.1  # while the run runs: at 0.02 s the looks took 1 % of a core
 SETTLE_S = 0.05  # between the first exit and the verdict: what ended with it
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
+ASLEEP_S = 2.0  # without a look: the machine or this process stood still, and the trainers may have
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
 ATTEMPTS = 5  # generations in a row without a new step
+PAUSES_S = (0.0, 5.0, 20.0, 60.0)  # before the attempts after the first, where trainers did not get to train: a full disk may pass
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Lead:
                         self._close_incident()
                     return ended
                 self._after(ended, alive, {"verdict": judged, "fencing": time.monotonic()})
+                self._pause(ended)
                 if self._signals:  # while there was no trainer to hear it; the newest checkpoint stays
                     return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
         finally:
@@ -121,16 +125,21 @@ class Lead:
         self._pace.restart()
         plan = Plan(generation=self._generation, service=f"localhost:{port}", first=0, count=count, env=env)
         ready = self._host.start(plan)
+        self._service = service
         if self._incident:
             self._incident.tier = "standbys" if ready else "new processes"
         return service
 
     def _watch(self) -> int | Verdict:
         """Until the generation ends: the run's exit code, or what went wrong."""
-        prepared, ended_well = False, None
+        prepared, said, ended_well = False, False, None
+        awake = looked = time.monotonic()
         while True:
-            self._changed.wait(POLL_S)
+            self._changed.wait(POLL_S if self._incident else CALM_S)
             self._changed.clear()
+            if time.monotonic() > looked + ASLEEP_S:
+                awake = time.monotonic()
+            looked = time.monotonic()
             statuses = self._host.statuses()
             codes = [s.code for s in statuses]
             if all(code == 0 for code in codes):
@@ -144,8 +153,14 @@ class Lead:
             if not prepared and beats and min(beat.counts["step"] for beat in beats) >= 2:
                 self._host.prepare(self._host.processes)
                 prepared = True
-            if hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats):
-                return self._gathered(hang, statuses)
+            if prepared and not said and self._host.ready():
+                _say("standbys are ready")
+                said = True
+            rested = time.monotonic() > awake + self._deadlines.floor
+            if rested and (hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats)):
+                found = self._gathered(hang, statuses)
+                if not self._went_on(hang):
+                    return found
             if any(code == 0 for code in codes):
                 ended_well = ended_well or time.monotonic()
                 if time.monotonic() > ended_well + FINISH_S:
@@ -161,7 +176,8 @@ class Lead:
             if "start" not in incident.times and all(beat.phase != "start" for beat in beats):
                 incident.times["start"] = time.monotonic()
             if len(working) == len(beats) and incident.restored is None:
-                incident.restored, incident.state = step, beats[0].restored
+                incident.state, _, restored = beats[0].restored.partition(" ")
+                incident.restored = int(restored or 0)  # as told: by now they may have gone on from there
                 incident.times["restore"] = time.monotonic()
             if incident.restored is not None and step > incident.restored and "first step" not in incident.times:
                 incident.times["first step"] = time.monotonic()
@@ -194,7 +210,8 @@ class Lead:
         codes = {s.code for s in statuses if s.code}
         if self._signals or codes & {*FINAL, *STOPPED}:
             return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
-        return verdict.of_exits(statuses)
+        found = verdict.of_exits(statuses, self._service.code, self._service.ended)
+        return verdict.of_corruption(found, verified.accused(self._run_dir)) if Exit.CORRUPTED in codes else found
 
     def _last_exits(self, limit_s: float) -> int:
         end = time.monotonic() + limit_s
@@ -215,8 +232,18 @@ class Lead:
         except OSError as error:
             _say(f"the evidence is not kept: {error}")
             return found
-        again = verdict.of_hang(with_frames, self._deadlines, [])
+        beats = [s.beat for s in statuses if s.beat]
+        again = verdict.of_hang(with_frames, self._deadlines, self._seen + beats)
         return found if again is None else again
+
+    def _went_on(self, hang: Verdict) -> bool:
+        """Whether the culprits have moved while the evidence was gathered: they were slow."""
+        before = {s.index: s.beat.sequence for s in hang.statuses if s.index in hang.culprits}
+        after = {s.index: s.beat.sequence for s in self._host.statuses() if s.beat}
+        moved = any(after.get(index) != sequence for index, sequence in before.items())
+        if moved:
+            _say(f"no incident, it went on: {hang.line}")
+        return moved
 
     def _after(self, found: Verdict, alive: list[int], times: dict[str, float]) -> None:
         """Records the incident; raises RunError where going on makes no sense."""
@@ -247,6 +274,16 @@ class Lead:
                 rule=f"the run reached step {self._reached} and does not get beyond it",
                 fix=f"look at what the trainers printed, and at {self._run_dir / 'incidents.jsonl'}",
             )
+
+    def _pause(self, found: Verdict) -> None:
+        trained = any(s.beat and s.beat.phase not in ("start", "restore") for s in found.statuses)
+        seconds = 0.0 if trained else PAUSES_S[self._failures - 1]
+        if seconds:
+            _say(f"the next attempt comes in {seconds:.0f} s")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._signals:
+            self._changed.wait(POLL_S)
+            self._changed.clear()
 
     def _close_incident(self) -> None:
         incident, self._incident = self._incident, None

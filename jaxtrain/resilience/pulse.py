@@ -16,7 +16,6 @@ from pathlib import Path
 
 from jaxtrain.resilience import faults
 
-# In the order of an update, so that of two trainers at one step the one whose phase comes first is behind.
 PHASES = ("start", "restore", "compile", "data", "step", "metrics", "evaluate", "snapshot", "save", "end")
 _HEAD = struct.Struct("<6q")  # sequence, pid, generation, step, phase, since when (CLOCK_MONOTONIC, ns)
 _TOOK = struct.Struct(f"<{2 * len(PHASES)}d")  # of each phase: how often, and the longest in seconds
@@ -36,7 +35,7 @@ class Beat:
     phase: str
     since: float
     about: str  # the writer in words: its place in the mesh
-    restored: str  # the tier that its state came from
+    restored: str  # what its state came from, as "snapshot 40"; "" from nothing
     counts: Mapping[str, int]
     longest: Mapping[str, float]  # seconds
 
@@ -67,7 +66,7 @@ class Pulse:
             self._at(phase, step)
 
     def about(self, place: str, restored: str = "") -> None:
-        """Says, for readers, who writes: its place in the mesh, and the tier that its state came from."""
+        """Says, for readers, who writes: its place in the mesh, and what its state came from: tier and step."""
         raw = f"{place}\n{restored}".encode()[: SIZE - _TEXT - 1]
         self._memory[_TEXT : _TEXT + 1 + len(raw)] = bytes([len(raw)]) + raw
 

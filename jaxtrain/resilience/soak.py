@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.command import parse
+from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError, RunError, closest
-from jaxtrain.resilience.faults import ENDING, KINDS, Fault, as_flag
+from jaxtrain.resilience.faults import ENDING, HANGING, KINDS, PHASES, TOLERATED, Fault, as_flag
 
+OTHERS = (*TOLERATED, "flip-bit")
+GAP = 2  # steps at least from one fault to the next
+SECONDS = {"slow": 0.02, "stall-save": 3.0, "clock-jump": 3600.0}
 COLUMNS = ("fault", "step", "detected_as", "culprit_named", "tier", "recovery_seconds", "replayed_steps")
 
 
@@ -25,7 +32,7 @@ class Options:
     count: int = 20
     seed: int = 0
     processes: int = 4
-    kinds: tuple[str, ...] = ENDING  # drawn with equal chances
+    kinds: tuple[str, ...] = (*ENDING, *TOLERATED)  # drawn with equal chances
     json: str = ""  # a file for one JSON object per fault, and a last one with hash_equal
 
 
@@ -38,48 +45,64 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"jaxtrain faults has no {argv[0]!r}.", fix=closest(argv[0], ["soak"]))
     call = parse("jaxtrain faults soak", Options, argv[1:], doc=main.__doc__)
     options, config = call.options, call.load()
-    if unknown := set(options.kinds) - set(ENDING):
-        raise ConfigError(f"a campaign has no {min(unknown)!r}.", fix=closest(min(unknown), ENDING))
-    faults = draw(options, config.steps)
+    if unknown := set(options.kinds) - set(ENDING) - set(OTHERS):
+        raise ConfigError(f"a campaign has no {min(unknown)!r}.", fix=closest(min(unknown), (*ENDING, *OTHERS)))
+    if config.steps < (least := (GAP + 1) * (options.count + 1)):
+        rule = f"{GAP + 1} steps to a fault, so that each comes after new steps"
+        raise ConfigError(f"{options.count} faults do not fit into {config.steps} steps.", rule=rule, fix=f"--steps {least}")
+    faults = draw(options, config)
     command = [str(call.config), *call.overrides, "--runs-dir", config.runs_dir]
-    plain, disturbed = f"{config.name}-undisturbed", f"{config.name}-soak"
-    for name, given in ((plain, []), (disturbed, faults)):
-        if (config.run_dir.parent / name / "checkpoints").exists():
-            raise RunError(f"there is a run {name} already.", fix=f"another --runs-dir, or remove {config.runs_dir}/{name}")
-        launch([*command, "--name", name], options.processes, given, config.run_dir.parent / f"{name}.log")
-    rows = table(faults, incidents(config.run_dir.parent / disturbed))
-    equal = digest(config.run_dir.parent / plain) == digest(config.run_dir.parent / disturbed)
-    show(rows, equal)
+    plain, disturbed = (config.run_dir.parent / f"{config.name}-{what}" for what in ("undisturbed", "soak"))
+    codes = []
+    for folder, given in ((plain, []), (disturbed, faults)):
+        if (folder / "checkpoints").exists():
+            raise RunError(f"there is a run {folder.name} already.", fix=f"another --runs-dir, or remove {folder}")
+        codes.append(launch([*command, "--name", folder.name], options.processes, given, _log(folder)))
+    seen = incidents(disturbed)
+    rows = table(faults, seen, _log(disturbed).read_text())
+    equal = not any(codes) and digest(plain) == digest(disturbed)
+    last = {"hash_equal": equal, "exit_codes": codes, "faults": len(faults), "incidents": len(seen)}
+    last["unplanned"] = [row["line"] for row in seen if row["incident"] > sum(fault.kind in ENDING for fault in faults)]
+    show(rows, last)
     if options.json:
-        lines = [*rows, {"hash_equal": equal, "faults": len(faults), "incidents": len(rows)}]
-        Path(options.json).write_text("".join(json.dumps(row) + "\n" for row in lines))
-    return 0 if equal and len(rows) == len(faults) else 1
+        Path(options.json).write_text("".join(json.dumps(row) + "\n" for row in (*rows, last)))
+    if any(codes):
+        raise RunError("a run of the campaign ended before its last step.", got=f"exit codes {codes}", fix=f"see {_log(disturbed)}")
+    return 0 if equal and not last["unplanned"] and all(row["detected_as"] != "nothing" for row in rows) else 1
 
 
-def draw(options: Options, steps: int) -> list[Fault]:
-    """Faults spread evenly over the run, each in the generation after the one before it, at a random step and process."""
-    chance, span = random.Random(options.seed), steps / (options.count + 1)
-    return [
-        Fault(
-            kind=chance.choice(options.kinds),
-            process=chance.randrange(options.processes),
-            step=1 + int(span * (number + chance.random())),
-            phase=chance.choice(("data", "step", "metrics")),
-            generation=number + 1,
-        )
-        for number in range(options.count)
-    ]
+def draw(options: Options, config: RunConfig) -> list[Fault]:
+    """Faults spread evenly over the run, at a random step and process; one that ends its generation is the last of it.
+
+    Each comes within its own part of the run, steps after the one before: else nothing would be new in between.
+    """
+    chance, span, faults, generation = random.Random(options.seed), config.steps / (options.count + 1), [], 1
+    for number in range(options.count):
+        kind, process, first = chance.choice(options.kinds), chance.randrange(options.processes), 1 + int(span * number)
+        steps = range(first, first + max(1, int(span) - GAP))
+        places = [(phase, step) for phase in PHASES for step in steps]
+        if kind in ENDING and kind not in HANGING:  # a hang is waited for as long as the phase may last
+            every = {"snapshot": config.snapshot.every, "save": config.checkpoint.every}
+            places += [(phase, step) for phase, n in every.items() for step in steps if n and step % n == 0]
+        phase = chance.choice(sorted({phase for phase, _ in places}))
+        step = chance.choice([step for other, step in places if other == phase])
+        fault = Fault(kind=kind, process=process, step=step, phase=phase, generation=generation)
+        faults.append(replace(fault, seconds=SECONDS.get(kind, fault.seconds)))
+        generation += kind in ENDING
+    return faults
 
 
-def launch(command: Sequence[str], processes: int, faults: Sequence[Fault], log: Path) -> None:
-    """One supervised run to its end. Raises RunError where it fails."""
+def launch(command: Sequence[str], processes: int, faults: Sequence[Fault], log: Path) -> int:
+    """One supervised run to its end; its exit code."""
     flags = [word for fault in faults for word in ("--fault", as_flag(fault))]
     full = [sys.executable, "-m", "jaxtrain", "launch", "--processes", str(processes), *flags, *command]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
-        code = subprocess.run(full, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
-    if code:
-        raise RunError("a run of the campaign ended before its last step.", got=f"exit code {code}", fix=f"see {log}")
+        return subprocess.run(full, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+
+
+def _log(run_dir: Path) -> Path:
+    return run_dir.with_name(f"{run_dir.name}.log")
 
 
 def incidents(run_dir: Path) -> list[dict[str, Any]]:
@@ -94,26 +117,51 @@ def digest(run_dir: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
-def table(faults: Sequence[Fault], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per incident, beside the fault that caused it."""
+def table(faults: Sequence[Fault], seen: Sequence[dict[str, Any]], log: str) -> list[dict[str, Any]]:
+    """One row per fault. One that ends generation n is incident n; of the others the log says that they came."""
+    by_number = {row["incident"]: row for row in seen}
+    came = Counter(re.findall(r"^\[p(\d+)\] fault: (\S+) at", log, re.MULTILINE))
     return [
-        {
-            "fault": fault.kind,
-            "step": row["step"],
-            "detected_as": row["what"],
-            "culprit_named": row["culprits"] == [fault.process],
-            "tier": row["tier"],
-            "recovery_seconds": row["recovery_seconds"],
-            "replayed_steps": row["replayed_steps"],
-        }
-        for fault, row in zip(faults, rows)
+        _ended(fault, by_number.get(fault.generation)) if fault.kind in ENDING else _tolerated(fault, came)
+        for fault in faults
     ]
 
 
-def show(rows: Sequence[dict[str, Any]], equal: bool) -> None:
+def _ended(fault: Fault, row: dict[str, Any] | None) -> dict[str, Any]:
+    if row is None:
+        return dict.fromkeys(COLUMNS) | {"fault": fault.kind, "step": fault.step, "detected_as": "nothing", "culprit_named": False}
+    return {
+        "fault": fault.kind,
+        "step": row["step"],
+        "detected_as": row["what"],
+        "culprit_named": row["culprits"] == [fault.process],
+        "tier": row["tier"],
+        "recovery_seconds": row["recovery_seconds"],
+        "replayed_steps": row["replayed_steps"],
+    }
+
+
+def _tolerated(fault: Fault, came: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    """Nobody is blamed, nothing is recovered: training went on."""
+    as_what = "tolerated" if came[str(fault.process), fault.kind] or fault.kind == "slow" else "nothing"
+    row = {"fault": fault.kind, "step": fault.step, "detected_as": as_what, "culprit_named": None, "tier": "none"}
+    return row | {"recovery_seconds": 0.0, "replayed_steps": 0}
+
+
+def show(rows: Sequence[dict[str, Any]], last: Mapping[str, Any]) -> None:
     lines = [COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     for line in lines:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip())
-    named = sum(row["culprit_named"] for row in rows)
-    print(f"{len(rows)} incidents, the culprit named in {named}; final hash {'equal' if equal else 'DIFFERENT'}")
+    ended = [row for row in rows if row["culprit_named"] is not None]
+    hangs = [row for row in ended if row["fault"] in HANGING]
+    named, of_hangs = (sum(row["culprit_named"] for row in those) for those in (ended, hangs))
+    times = [row["recovery_seconds"] for row in ended if row["recovery_seconds"] is not None and row not in hangs]
+    print(
+        f"{len(rows)} faults, {last['incidents']} incidents; the culprit named in {named} of {len(ended)} that ended a "
+        f"generation, of hangs in {of_hangs} of {len(hangs)}; final hash {'equal' if last['hash_equal'] else 'DIFFERENT'}"
+    )
+    if times:
+        print(f"back after {statistics.median(times):.1f} s, the median of those that did not hang")
+    for line in last["unplanned"]:
+        print(f"not asked for: {line}")

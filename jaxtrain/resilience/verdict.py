@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtrain.resilience.deadlines import Deadlines
-from jaxtrain.resilience.pulse import PHASES, Beat
-
-WAITING = ("metrics", "compile", "evaluate", "save", "snapshot", "restore")  # phases in which a trainer waits for the others
+from jaxtrain.resilience.pulse import Beat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +41,18 @@ class Verdict:
     statuses: Sequence[Status] = field(default=(), repr=False)
 
 
-def of_exits(statuses: Sequence[Status]) -> Verdict | None:
-    """None while nobody failed. The culprit: of those that a signal ended the first, else the first that failed.
+def of_exits(statuses: Sequence[Status], service: int | None = None, service_ended: float | None = None) -> Verdict | None:
+    """None while nobody failed. The culprit: of those that a signal ended the first, else the first that failed; none of
+    them where the coordination `service` had ended before, with this code, without which no trainer lives.
 
     When one trainer dies its neighbours in a collective fail within milliseconds, by an exception: the signal came first.
     """
     failed = sorted((s for s in statuses if s.code), key=lambda s: s.ended)
     if not failed:
         return None
+    if service_ended is not None and service_ended <= failed[0].ended:
+        line = f"the coordination service ended by {code_in_words(service or 0)}, and with it {len(failed)} trainers"
+        return Verdict(what="service lost", culprits=(), line=line, statuses=statuses)
     first = min(failed, key=lambda s: (s.code > 0, s.ended))
     others = f"; {len(failed) - 1} more failed after it" if len(failed) > 1 else ""
     step = f" at step {first.beat.step}, phase {first.beat.phase}" if first.beat else " before its first beat"
@@ -57,14 +60,23 @@ def of_exits(statuses: Sequence[Status]) -> Verdict | None:
     return Verdict(what=code_in_words(first.code), culprits=(first.index,), line=line, statuses=statuses)
 
 
+def of_corruption(found: Verdict, accused: Sequence[int]) -> Verdict:
+    """All trainers leave when copies differ, in any order: to blame are those whose copies did."""
+    guilty = [s for s in found.statuses if s.index in accused]
+    if not guilty:
+        return found
+    line = f"{', '.join(s.place for s in guilty)} held other bits than the other copies: {found.line}"
+    return Verdict(what="corruption", culprits=tuple(s.index for s in guilty), line=line, statuses=found.statuses)
+
+
 def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Beat]) -> Verdict | None:
     """None while all who run are within their deadlines. `seen`: pulses to learn from."""
     running = [s for s in statuses if s.code is None and s.beat]
     allowed = {s.index: deadlines.allowed(s.beat.phase, seen) for s in running}
-    late = [s for s in running if s.beat.age() > allowed[s.index]]
-    if not late:
+    late = {s.index for s in running if s.beat.age() > allowed[s.index]}
+    culprits = behind(running) if late else []
+    if not late.intersection(s.index for s in culprits):  # who is late may wait for one that has time left
         return None
-    culprits = behind(running)
     waiting = len(running) - len(culprits)
     who = ", ".join(s.place for s in culprits)
     one = culprits[0]
@@ -78,17 +90,17 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
 
 
 def behind(running: Sequence[Status]) -> list[Status]:
-    """Those that the others wait for: the stopped; else who came least far; of equals, who is not waiting; else who has
-    been silent longest."""
+    """Those that the others wait for: the stopped; else who came least far, by the numbers of their beats, since all go
+    through the same phases in the same order; of equals, who stands elsewhere than most; else who has been silent
+    longest."""
     if stopped := [s for s in running if s.stopped]:
         return stopped
-    progress = {s.index: (s.beat.step, PHASES.index(s.beat.phase)) for s in running}
-    least = [s for s in running if progress[s.index] == min(progress.values())]
+    least = [s for s in running if s.beat.sequence == min(s.beat.sequence for s in running)]
     if len(least) < len(running):
         return least
-    busy = [s for s in least if s.beat.phase not in WAITING]
-    if busy and len(busy) < len(least):
-        return busy
+    frame, many = Counter(s.frame for s in least).most_common(1)[0]
+    if frame and len(least) / 2 < many < len(least):
+        return [s for s in least if s.frame != frame]
     return [min(least, key=lambda s: s.beat.since)]
 
 

@@ -68,6 +68,15 @@ class Verified:
             raise RunError(f"cannot write {self._run_dir / FILE}.", got=error.strerror or str(error), fix=fix) from error
 
 
+def accused(run_dir: Path) -> list[int]:
+    """The processes that the last difference was found in, where it is certain; else none."""
+    path = run_dir / EVENTS
+    lines = path.read_text().splitlines() if path.exists() else []
+    row = json.loads(lines[-1]) if lines else {"found_by": "", "suspects": []}
+    certain = row["found_by"] in ("majority", "replay")
+    return sorted({suspect["process"] for suspect in row["suspects"]}) if certain else []
+
+
 def _read(path: Path) -> dict[str, int]:
     try:
         return json.loads(path.read_text()) if path.exists() else {}

@@ -124,7 +124,8 @@ class Loop:
         if self.snapshot and snapshots:
             self.snapshot(done, state)
         if saves:
-            self.beat("save", done)
+            if snapshots:
+                self.beat("save", done)
             self.save(done, state)
         if evaluates or saves:  # a snapshot is part of what its step takes
             self.clock.restart(done)

@@ -146,7 +146,7 @@ def _run(
     if first_step < config.steps:
         opened.step  # begins to compile
     start = start or opened.fresh()
-    pulse.about(_coordinates(mesh), start.tier)
+    pulse.about(_coordinates(mesh), f"{start.tier} {start.step}" if start.tier else "")
     _say(process, f"{_headline(config, mesh)}, {'resumed at' if first_step else 'from'} step {first_step}")
     for line in _notes(config, mesh, opened, start):
         _say(process, line)
@@ -155,7 +155,6 @@ def _run(
     state, signal = _trained(opened, stop, start)
     if opened.snapshots:
         opened.snapshots.discard()
-    pulse.beat("end", int(state.step))
     if signal:
         _say(process, f"stopped by {Signals(signal).name} at step {int(state.step)}; the same command continues")
         return Exit.PREEMPTED if signal == SIGTERM else Exit.INTERRUPTED
@@ -176,10 +175,19 @@ def _open(
     data = open_data(config, config.data, process.lead)
     evaluator = Evaluator(blueprint, process.lead) if config.eval else None
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
-    stack.callback(checkpoints.close)
+    stack.push(lambda kind, error, trace: _close(checkpoints, error))
     copies = Copies(blueprint) if every else None
     snapshots = tiers.opened(config)
     return _Opened(process, pulse, blueprint, data, evaluator, checkpoints, snapshots, verified, copies, record)
+
+
+def _close(checkpoints: Checkpoints, error: BaseException | None) -> None:
+    """What ended the run is what it says, and not a save that failed before that and was said then."""
+    try:
+        checkpoints.close()
+    except CheckpointError:
+        if error is None:
+            raise
 
 
 def _trained(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
@@ -250,7 +258,7 @@ def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
             opened.pulse.beat("save", start.step)
             save(start.step, start.state)  # killed in its last save: memory alone has the end
         state, signal = loop.run(start.state, loader, start.step)
-        opened.pulse.beat("save", int(state.step))
+        opened.pulse.beat("end", int(state.step))  # with all of the last save, beside which no loop goes on
         checkpoints.wait()
         recorder.flush()
         return state, signal

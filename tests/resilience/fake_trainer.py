@@ -22,6 +22,7 @@ mine.about(f"data {os.environ['JAXTRAIN_PROCESS_ID']}")
 mine.beat("restore", 0)
 saved = folder / "saved"
 first = int(saved.read_text()) if saved.exists() else 0
+mine.about(f"data {os.environ['JAXTRAIN_PROCESS_ID']}", f"checkpoint {first}")
 here = Path(os.environ["JAXTRAIN_PULSE"]).parent
 generation, count = (int(os.environ[f"JAXTRAIN_{name}"]) for name in ("GENERATION", "NUM_PROCESSES"))
 peers = [here / f"{generation}.{index}.pulse" for index in range(count)]

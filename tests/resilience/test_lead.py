@@ -1,6 +1,7 @@
 """The lead with small scripts in the place of trainers, always in a process of its own, as a user runs it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.resilience import pulse
 from jaxtrain.resilience.faults import Fault, parse
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +85,7 @@ def test_a_stopped_trainer_is_noticed_named_and_killed_with_the_evidence_kept(tm
 def test_a_trainer_that_hangs_in_python_is_named_though_the_other_runs_on(tmp_path):
     code, _, _, (row,) = run(tmp_path, "hang:process=1,step=12,phase=data")
     assert code == 0 and row["culprits"] == [1] and "phase data" in row["line"]
+    assert "(jaxtrain/resilience/injection.py" in row["line"]  # where it stands, from its stack
 
 
 def test_failures_one_after_the_other_are_each_recovered(tmp_path):
@@ -98,6 +101,14 @@ def test_generations_that_make_no_progress_end_the_run_with_a_report(tmp_path):
     code, _, errors, rows = run(tmp_path, *faults)
     assert code == 1 and len(rows) == 5
     assert "5 generations in a row made no new step" in errors and "does not get beyond it" in errors
+
+
+@pytest.mark.slow
+def test_trainers_that_do_not_get_to_train_are_given_time(tmp_path):
+    faults = [f"exit:process={i},step=0,phase=restore,generation={number}" for number in (1, 2) for i in (0, 1)]
+    code, _, errors, rows = run(tmp_path, *faults)
+    assert code == 0 and len(rows) == 2
+    assert errors.count("the next attempt comes in 5 s") == 1 and "in 20 s" not in errors
 
 
 def test_what_no_trainer_can_run_is_not_tried_again(tmp_path):
@@ -134,6 +145,23 @@ def test_nothing_outlives_a_lead_that_is_killed(tmp_path):
     _assert_gone(tmp_path)
     code, _, _, _ = run(tmp_path)  # whose supervisor takes over what the killed one left in memory, and clears it
     assert code == 0 and not memory.exists()
+
+
+def test_a_machine_that_stood_still_is_no_failure(tmp_path):
+    lead = start(tmp_path, steps=150)
+    memory = Path(lead.stdout.readline().split()[1])
+    for _ in range(2):
+        assert "from step 0" in lead.stdout.readline()
+    trainers = [pulse.read(path).pid for path in memory.glob("*.pulse")]
+    for pid in (lead.pid, *trainers):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.5)  # longer than the deadline of any phase, and than a supervisor takes between two looks
+    for pid in (lead.pid, *trainers):  # the supervisor looks before any trainer has moved
+        time.sleep(0.2)
+        os.kill(pid, signal.SIGCONT)
+    lead.communicate(timeout=DEADLINE_S)
+    assert lead.returncode == 0 and len(trainers) == 2
+    assert not (tmp_path / "incidents.jsonl").exists()
 
 
 def test_a_run_has_one_supervisor_on_a_host(tmp_path):

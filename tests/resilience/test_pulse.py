@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.resilience import pulse, verdict
-from jaxtrain.resilience.deadlines import FACTOR, UNKNOWN, Deadlines
+from jaxtrain.resilience.deadlines import FACTOR, FEW_S, LEAST, UNKNOWN, Deadlines
 from jaxtrain.resilience.pulse import PHASES, Beat, Pulse
 from jaxtrain.resilience.verdict import Status
 
@@ -57,10 +57,10 @@ def test_a_beat_costs_next_to_nothing(tmp_path):
     assert min(rounds) < ONE_BEAT_S
 
 
-def beat(step=10, phase="step", age=0.0, longest=None, counts=None, about=""):
+def beat(step=10, phase="step", age=0.0, longest=None, counts=None, about="", sequence=40):
     longest = dict.fromkeys(PHASES, 0.0) | (longest or {})
     counts = dict.fromkeys(PHASES, 100) | (counts or {})
-    return Beat(1, 2, 1, step, phase, time.monotonic() - age, about, "", counts, longest)
+    return Beat(sequence, 2, 1, step, phase, time.monotonic() - age, about, "", counts, longest)
 
 
 def test_a_deadline_is_learned_from_the_longest_so_far_and_never_below_the_floor():
@@ -69,12 +69,15 @@ def test_a_deadline_is_learned_from_the_longest_so_far_and_never_below_the_floor
     assert deadlines.allowed("step", [beat(longest={"step": 0.1})]) == 10
     assert deadlines.allowed("step", [beat(longest={"step": 5.0}), beat(longest={"step": 2.0})]) == FACTOR * 5
     few = beat(longest={"step": 0.1}, counts={"step": 3})
-    assert deadlines.allowed("step", [few]) == UNKNOWN["step"]
-    assert deadlines.allowed("compile", [beat(longest={"compile": 30.0}, counts={"compile": 1})]) == FACTOR * 30
+    assert deadlines.allowed("step", [few]) == FEW_S
+    assert deadlines.allowed("step", [beat(longest={"step": 20.0}, counts={"step": 3})]) == FACTOR * 20
+    assert deadlines.allowed("compile", [beat(longest={"compile": 60.0}, counts={"compile": 1})]) == FACTOR * 60
+    for phase, least in LEAST.items():  # a phase that is rare may take longer than it ever did
+        assert deadlines.allowed(phase, [beat(longest={phase: 0.1})]) == least
 
 
-def status(index, code=None, ended=None, stopped=False, **how):
-    return Status(index=index, host=f"h{index}", pid=index, code=code, ended=ended, beat=beat(**how), stopped=stopped)
+def status(index, code=None, ended=None, stopped=False, frame="", **how):
+    return Status(index=index, host=f"h{index}", pid=index, code=code, ended=ended, beat=beat(**how), stopped=stopped, frame=frame)
 
 
 def test_a_signal_is_the_cause_though_a_neighbour_failed_before_it_was_seen():
@@ -84,14 +87,23 @@ def test_a_signal_is_the_cause_though_a_neighbour_failed_before_it_was_seen():
     assert verdict.of_exits([status(0, 1, 5.0), status(1, 1, 4.0)]).culprits == (1,)
 
 
+def test_no_trainer_is_to_blame_where_the_service_that_all_hang_on_ended_before_them():
+    aborted = [status(0, -6, 5.0), status(1, -6, 5.1)]
+    lost = verdict.of_exits(aborted, -9, 4.9)
+    assert lost.culprits == () and "the coordination service ended by SIGKILL, and with it 2 trainers" in lost.line
+    assert verdict.of_exits(aborted, -9, 5.2).culprits == verdict.of_exits(aborted).culprits == (0,)
+
+
 @pytest.mark.parametrize(
     ("statuses", "culprits"),
     [
-        ([status(0, step=11, age=20), status(1, step=10, age=20)], (1,)),
-        ([status(0, phase="metrics", age=20), status(1, phase="data", age=20)], (1,)),
+        ([status(0, sequence=41, age=20), status(1, sequence=40, age=20)], (1,)),
+        ([status(0, phase="metrics", sequence=42, age=20), status(1, phase="data", age=20)], (1,)),
         ([status(0, phase="metrics", age=20), status(1, phase="metrics", age=20, stopped=True)], (1,)),
         ([status(0, phase="metrics", age=20), status(1, phase="metrics", age=21)], (1,)),
-        ([status(0, step=11, phase="data", age=20), status(1, step=10, phase="save", age=20), status(2, step=11, age=20)], (1,)),
+        ([status(0, phase="data", sequence=41, age=20), status(1, phase="metrics", age=20), status(2, sequence=42, age=20)], (1,)),
+        ([status(i, frame="read" if i == 2 else "step", age=20 + i) for i in range(4)], (2,)),
+        ([status(i, frame=f"{i}", age=20 + i) for i in range(4)], (3,)),
     ],
 )
 def test_who_came_least_far_is_to_blame_for_a_hang(statuses, culprits):
@@ -104,3 +116,11 @@ def test_nobody_is_late_within_the_deadline():
     known = [beat(longest={phase: 0.1 for phase in PHASES})]
     assert verdict.of_hang([status(0, age=9), status(1, age=2)], Deadlines(floor=10), known) is None
     assert verdict.of_hang([status(0, age=500)], Deadlines(floor=10), []) is None  # nothing was learned yet
+
+
+def test_who_is_late_is_not_to_blame_while_it_waits_for_one_that_has_time_left():
+    known = [beat(longest=dict.fromkeys(PHASES, 0.1) | {"save": 5.0})]
+    waits, saves = (status(0, phase="step", sequence=41, age=20), status(1, phase="save", age=21))
+    assert verdict.of_hang([waits, saves], Deadlines(floor=10), known) is None
+    late = status(1, phase="save", age=LEAST["save"] + 1)
+    assert verdict.of_hang([waits, late], Deadlines(floor=10), known).culprits == (1,)
