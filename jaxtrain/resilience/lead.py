@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxtrain.errors import RunError
 from jaxtrain.exits import AGAIN, FINAL, Exit
-from jaxtrain.resilience import evidence, verdict, vitals
+from jaxtrain.resilience import verdict, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
@@ -28,11 +28,11 @@ from jaxtrain.resilience.verdict import Status, Verdict, as_shell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.02  # between two looks at the pulses; an exit is noticed at once
-SETTLE_S = 0.05  # between the first exit and the verdict: what ended with it
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
+FILE = "incidents.jsonl"
 ATTEMPTS = 5  # generations in a row without a new step
 
 
@@ -69,7 +69,8 @@ class Incident:
 
 
 class Lead:
-    """`run` returns the exit code. `env`: of a generation by its number, for faults that are injected."""
+    """`run` returns the exit code. `env`: of a generation by its number, for faults that are injected. `generation`: the
+    last one so far. `took_over`: where another led before, why it does no more, and since when."""
 
     def __init__(
         self,
@@ -78,20 +79,30 @@ class Lead:
         changed: threading.Event,
         deadlines: Deadlines,
         env: Callable[[int], dict[str, str]] = lambda generation: {},
+        generation: int = 0,
+        took_over: tuple[Verdict, float] | None = None,
     ):
         self._host, self._run_dir, self._changed, self._deadlines, self._env = host, run_dir, changed, deadlines, env
-        self._generation, self._reached, self._failures, self._count = 0, 0, 0, 0
+        self._generation, self._reached, self._failures, self._count = generation, 0, 0, 0
         self._seen: list[Beat] = []  # of older generations, to learn from
         self._incident: Incident | None = None
         self._signals: list[int] = []
         self._noticed, self._looked = 0.0, 0.0
         self._pace, self._said = vitals.Pace(), set[str]()
+        if took_over:
+            self._count = _num_rows(run_dir / FILE)
+            found, began = took_over
+            self._noticed = time.monotonic()
+            self._after(found, [], {"verdict": self._noticed, "fencing": self._noticed})
+            self._incident.began = began
 
     def run(self) -> int:
         """Until the run has ended, was stopped, or failed too often without progress."""
         old = {number: signal.signal(number, self._forward) for number in SIGNALS}
         try:
             while True:
+                if not self._host.assemble():
+                    return self._stopped()
                 service = self._form()
                 try:
                     ended = self._watch()
@@ -103,13 +114,18 @@ class Lead:
                     if self._incident:  # the run ended while it caught up
                         self._close_incident()
                     return ended
-                self._after(ended, alive, {"verdict": judged, "fencing": time.monotonic()})
-                if self._signals:  # while there was no trainer to hear it; the newest checkpoint stays
-                    return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
+                found = self._host.explained(ended)
+                self._after(found, alive, {"verdict": judged, "fencing": time.monotonic()})
+                if self._signals:
+                    return self._stopped()
         finally:
             self._host.close()
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+    def _stopped(self) -> Exit:
+        """By a signal that came while there was no trainer to hear it; the newest checkpoint stays."""
+        return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
 
     def _form(self) -> Child:
         """Starts the next generation; the service that it hangs on."""
@@ -119,7 +135,7 @@ class Lead:
         self._generation += 1
         env = self._env(self._generation)
         self._pace.restart()
-        plan = Plan(generation=self._generation, service=f"localhost:{port}", first=0, count=count, env=env)
+        plan = Plan(generation=self._generation, service=f"{self._host.address}:{port}", first=0, count=count, env=env)
         ready = self._host.start(plan)
         if self._incident:
             self._incident.tier = "standbys" if ready else "new processes"
@@ -136,6 +152,8 @@ class Lead:
             if all(code == 0 for code in codes):
                 return 0
             self._noticed = time.monotonic()
+            if trouble := self._host.trouble():
+                return trouble
             if any(codes):
                 return self._exits()
             beats = [s.beat for s in statuses if s.beat and s.beat.generation == self._generation]
@@ -144,7 +162,8 @@ class Lead:
             if not prepared and beats and min(beat.counts["step"] for beat in beats) >= 2:
                 self._host.prepare(self._host.processes)
                 prepared = True
-            if hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats):
+            hang = None if self._host.unsure() else verdict.of_hang(statuses, self._deadlines, self._seen + beats)
+            if hang:
                 return self._gathered(hang, statuses)
             if any(code == 0 for code in codes):
                 ended_well = ended_well or time.monotonic()
@@ -189,8 +208,10 @@ class Lead:
 
     def _exits(self) -> int | Verdict:
         """After an exit code that is not 0: the run's own, where it was told to stop or cannot be run, or the verdict."""
-        time.sleep(SETTLE_S)
+        time.sleep(self._host.settle_s)
         statuses = self._host.statuses()
+        if trouble := self._host.trouble():
+            return trouble
         codes = {s.code for s in statuses if s.code}
         if self._signals or codes & {*FINAL, *STOPPED}:
             return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
@@ -211,7 +232,7 @@ class Lead:
         """The same verdict with stacks behind it, which are gathered before anybody is killed."""
         folder = self._run_dir / "incidents" / f"{self._count + 1:04}"
         try:
-            with_frames = evidence.gather(statuses, folder)
+            with_frames = self._host.gather(statuses, folder)
         except OSError as error:
             _say(f"the evidence is not kept: {error}")
             return found
@@ -245,7 +266,7 @@ class Lead:
                 f"{self._failures} generations in a row made no new step.",
                 got=f"the last: {found.line}",
                 rule=f"the run reached step {self._reached} and does not get beyond it",
-                fix=f"look at what the trainers printed, and at {self._run_dir / 'incidents.jsonl'}",
+                fix=f"look at what the trainers printed, and at {self._run_dir / FILE}",
             )
 
     def _close_incident(self) -> None:
@@ -253,7 +274,7 @@ class Lead:
         row = incident.row()
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            with open(self._run_dir / "incidents.jsonl", "a") as file:
+            with open(self._run_dir / FILE, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # a full disk is no reason to stop a run that goes on
             _say(f"incident {incident.number} is not recorded: {error}")
@@ -263,6 +284,13 @@ class Lead:
         self._signals.append(number)
         again = len(self._signals) > 1 and number == signal.SIGINT  # cluster managers repeat SIGTERM
         self._host.signal(signal.SIGKILL if again else number)
+
+
+def _num_rows(path: Path) -> int:
+    try:
+        return len(path.read_text().splitlines())
+    except OSError:
+        return 0
 
 
 def _unfinished(statuses: list[Status]) -> Verdict:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxtrain.resilience import pulse
 from jaxtrain.resilience.child import READY, die_with_parent
+from jaxtrain.resilience.tenure import still_valid
 
 die_with_parent()
 print(READY, flush=True)
@@ -22,9 +23,13 @@ mine.about(f"data {os.environ['JAXTRAIN_PROCESS_ID']}")
 mine.beat("restore", 0)
 saved = folder / "saved"
 first = int(saved.read_text()) if saved.exists() else 0
-here = Path(os.environ["JAXTRAIN_PULSE"]).parent
 generation, count = (int(os.environ[f"JAXTRAIN_{name}"]) for name in ("GENERATION", "NUM_PROCESSES"))
-peers = [here / f"{generation}.{index}.pulse" for index in range(count)]
+links = folder / "pulses"  # in the run folder, for the trainers of all hosts
+links.mkdir(exist_ok=True)
+link = links / f"{generation}.{os.environ['JAXTRAIN_PROCESS_ID']}.pulse"
+link.unlink(missing_ok=True)
+link.symlink_to(os.environ["JAXTRAIN_PULSE"])
+peers = [links / f"{generation}.{index}.pulse" for index in range(count)]
 
 
 def reached(path, step):
@@ -32,7 +37,8 @@ def reached(path, step):
     return beat is not None and (beat.step, pulse.PHASES.index(beat.phase)) >= (step, pulse.PHASES.index("metrics"))
 
 
-print(f"generation {generation} from step {first}", flush=True)
+more = " ".join(["", *order["argv"][3:]])
+print(f"generation {generation} from step {first}{more}", flush=True)
 for step in range(first, steps):
     mine.beat("data", step)
     mine.beat("compile" if step == first else "step", step)
@@ -43,5 +49,8 @@ for step in range(first, steps):
     if os.environ["JAXTRAIN_PROCESS_ID"] == "0" and (step + 1) % 5 == 0:
         fresh = folder / "saving"
         fresh.write_text(str(step + 1))
+        still_valid(folder)
         os.replace(fresh, saved)
+        with open(folder / "commits", "a") as commits:
+            commits.write(f"{generation} {step + 1}\n")
 mine.beat("end", steps)
