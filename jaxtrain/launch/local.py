@@ -7,6 +7,7 @@ import os
 import threading
 from dataclasses import dataclass, fields
 
+from jaxtrain.checkpoint.files import steps
 from jaxtrain.command import parse as parse_trainer
 from jaxtrain.errors import ConfigError, closest
 from jaxtrain.resilience import faults
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> int:
     secret = job_secret(os.environ, config.run_dir)
     memory = memory_folder(config.run_dir, hosts.name)
     host = Host(argv, options.processes, memory, changed, env, name=hosts.name, devices=devices)
-    return supervise(host, hosts, config.run_dir, secret, changed, config.watch, fits, injected, options.spares)
+    saved = lambda: steps(config.run_dir / "checkpoints")[-1:]  # noqa: E731
+    return supervise(host, hosts, config.run_dir, secret, changed, config.watch, fits, injected, options.spares, saved)
 
 
 def _trained_on(hosts: Roster, spares: int) -> int:

@@ -57,7 +57,7 @@ class Remote:
 
 class Crew:
     """To be used by the main thread alone. `fits`: by a number of hosts; `spares`: of the job's hosts that do not train
-    while all are well; `moment`: changes whenever there is a new state to go on from."""
+    while all are well; `moment`: changes whenever there is a new state to go on from; `lost`: the host that led before."""
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Crew:
         fits: Fits,
         spares: int = 0,
         moment: Callable[[], object] = lambda: None,
+        lost: str = "",
     ):
         self.name, self.settle_s = own.name, 2 * GONE_S
         self._own, self._node, self._tenure, self._changed, self._fits, self._moment = own, node, tenure, changed, fits, moment
@@ -76,6 +77,7 @@ class Crew:
         self._remotes: dict[str, Remote] = {}
         self._members: list[str] = []
         self._plan: Plan | None = None
+        self._gone, self._patience = lost, tenure.lease if lost else JOIN_S  # for the others to come at first
         self._aside: set[str] = set()
         self._orders = itertools.count(1)
         self._signalled, self._looked, self._grow_from = False, 0.0, None
@@ -103,10 +105,11 @@ class Crew:
             able = self._able()
             size = self._best(len(able))
             waited = clock() - began
-            if size == self._full or (size and (not first or waited > JOIN_S)):
+            patience = self._patience if first and {*self._names} - {*able, self._gone} else 0.0
+            if size == self._full or (size and waited >= patience):
                 self._choose(able, size)
                 return True
-            if waited > (JOIN_S if first else RETURN_S):
+            if waited > RETURN_S:
                 raise self._too_few(able)
             self._say_once(f"waiting for hosts: {len(able)} of {self._full} are here")
             self._pause(0.1)

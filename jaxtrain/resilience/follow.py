@@ -36,6 +36,7 @@ class Follower:
         self._instance, self._on_start = secrets.token_hex(4), on_start
         self._signals: list[int] = []
         self._greeted, self._served, self._reported, self._last = 0, 0, 0.0, None  # connection; term; when; what
+        self._alive = 0  # the last term that was seen before its end
         self._lost, self._silent = "", 0.0  # the last lead, and how long it was not heard
         self.left: list[Status] = []  # of the trainers that a lost lead left here
         self._led = clock()  # when somebody last led
@@ -69,8 +70,10 @@ class Follower:
         if newest.number != following.number:
             self._fence()  # the new lead's generation is another
             self._node.follow(newest)
-        elif newest.ended is not None and self._served == newest.number:
-            return newest.ended
+        if newest.ended is None:
+            self._alive = newest.number
+        elif self._alive == newest.number > 0:
+            return newest.ended  # while this host was there
         here = self._node.lead().state == HERE
         self._tenure.cut = not here and 0 < self._served == newest.number
         if here and self._greeted != self._node.connections:
@@ -99,7 +102,7 @@ class Follower:
         silent = clock() - (self._led if fresh else self._node.heard)
         if self._tenure.still() >= turn and silent >= (self._place() * TURN_S if fresh else turn):
             self._fence()
-            self._lost, self._silent = self._tenure.newest.host, silent
+            self._lost, self._silent = "" if fresh else self._tenure.newest.host, silent
             try:
                 if self._tenure.claim():
                     self._node.follow(self._tenure.newest)
@@ -115,13 +118,14 @@ class Follower:
             )
         return None
 
-    def took_over(self) -> tuple[Verdict, float] | None:
-        """Why the lead that was served here leads no more, and since when; None where there was none."""
+    def took_over(self) -> tuple[str, tuple[Verdict, float] | None]:
+        """The host that led before and, where this one served it, the verdict and since when."""
         if not self._served:
-            return None
+            return self._lost, None
         name, self._served = self._lost, 0
         line = f"host {name}, which led, was lost: not heard for {self._silent:.1f} s, nor had its term a sign of life"
-        return Verdict(what="lead lost", culprits=(), line=line, statuses=self.left), time.monotonic() - self._silent
+        found = Verdict(what="lead lost", culprits=(), line=line, statuses=self.left)
+        return name, (found, time.monotonic() - self._silent)
 
     def _place(self) -> int:
         """How many come before this host: the roster, from the one after the last lead on."""

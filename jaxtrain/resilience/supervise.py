@@ -30,8 +30,9 @@ def supervise(
     fits: Fits,
     env: Callable[[int], dict[str, str]] = lambda generation: {},
     spares: int = 0,
+    moment: Callable[[], object] = lambda: None,
 ) -> int:
-    """Until the job has ended: its exit code, the same on all hosts."""
+    """Until the job has ended: its exit code, the same on all hosts. `moment` changes with every new state to go on from."""
     tenure = Tenure(run_dir, roster.name, roster.addresses[roster.index], watch.lease, changed)
     node = Node(roster, secret, tenure, changed, host.pids)
     follower = Follower(host, node, tenure, changed, lambda plan: None)
@@ -41,8 +42,9 @@ def supervise(
             if code is not None:
                 return code
             _say(f"host {host.name} leads, term {tenure.mine}")
-            crew = Crew(host, node, tenure, changed, fits, spares)
-            lead = Lead(crew, run_dir, changed, watch, env, crew.last_generation(), follower.took_over())
+            lost, why = follower.took_over()
+            crew = Crew(host, node, tenure, changed, fits, spares, moment, lost)
+            lead = Lead(crew, run_dir, changed, watch, env, crew.last_generation(), why)
             try:
                 return _ended(lead.run(), node, tenure)
             except Deposed:

@@ -29,13 +29,14 @@ injected, run_dir, changed = [faults.parse(text) for text in given], Path(folder
 sizes = [int(size) for size in sizes.split(",")]
 fits = lambda hosts: ([] if hosts == sizes[0] else ["accumulated"]) if hosts in sizes else None
 fake = [sys.executable, "tests/resilience/fake_trainer.py"]
+saved = lambda: (run_dir / "saved").read_text() if (run_dir / "saved").exists() else ""
 service = [sys.executable, "-c", "from jaxtrain.resilience.child import READY; print(READY, flush=True); input()"]
 try:
     hosts = roster()
     host = Host(["train", folder, steps], int(processes), memory_folder(run_dir, hosts.name), changed,
                 trainer=fake, service=service, name=hosts.name)
     watch, env = Deadlines(floor=1.5, lease=float(lease)), lambda n: faults.environment(injected, n)
-    sys.exit(supervise(host, hosts, run_dir, job_secret(os.environ, run_dir), changed, watch, fits, env, int(spares)))
+    sys.exit(supervise(host, hosts, run_dir, job_secret(os.environ, run_dir), changed, watch, fits, env, int(spares), saved))
 except UserError as error:
     print(error, file=sys.stderr)
     sys.exit(1)
@@ -58,6 +59,8 @@ class Job:
         """As a cluster manager does, also for a second time."""
         own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PATH": os.environ["PATH"]}
         own |= {"JAXTRAIN_HOSTS": ",".join(self.addresses), "JAXTRAIN_HOST_INDEX": str(index)} | env
+        if index in self.processes:
+            self.processes[index].wait(DEADLINE_S)
         command = [*self.prefix(index), sys.executable, "-c", SUPERVISOR, *self.words]
         with open(self.folder / f"said.{index}", "a") as said:
             self.processes[index] = subprocess.Popen(
