@@ -14,6 +14,7 @@ from jaxtrain.resilience import faults
 from jaxtrain.resilience.fewer import Fits, local_gpus
 from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.lead import Lead
+from jaxtrain.resilience.policy import FOLDER, place
 from jaxtrain.resilience.roster import Roster, roster
 from jaxtrain.resilience.secret import job_secret
 from jaxtrain.resilience.supervise import supervise
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> int:
         print(f"usage: {main.__doc__}\n\n{flags}\n\nfaults, as KIND:process=1,step=30,phase=step:\n{kinds}")
         return 0
     options, rest = parse(argv)
-    config = parse_trainer("jaxtrain train", TrainerOptions, rest, doc=main.__doc__).load()
+    call = parse_trainer("jaxtrain train", TrainerOptions, rest, doc=main.__doc__)
+    config = call.load()
     devices = options.devices_per_process or (1 if options.processes > 1 else 0)
     fake = ["--fake-devices", str(devices)] if devices else []
     changed = threading.Event()
@@ -49,13 +51,17 @@ def main(argv: list[str]) -> int:
     if hosts is None:
         host = Host(argv, options.processes, memory_folder(config.run_dir), changed, env)
         return Lead(host, config.run_dir, changed, config.watch, injected).run()
-    devices = devices or local_gpus() or 1
+    devices = devices or call.process.fake_devices or local_gpus() or 1
     fits = Fits(config, devices * options.processes, _trained_on(hosts, options.spares))
     secret = job_secret(os.environ, config.run_dir)
     memory = memory_folder(config.run_dir, hosts.name)
     host = Host(argv, options.processes, memory, changed, env, name=hosts.name, devices=devices)
-    saved = lambda: steps(config.run_dir / "checkpoints")[-1:]  # noqa: E731
-    return supervise(host, hosts, config.run_dir, secret, changed, config.watch, fits, injected, options.spares, saved)
+    return supervise(
+        host, hosts, config.run_dir, secret, changed, config.watch, fits, injected, options.spares,
+        moment=lambda: steps(config.run_dir / "checkpoints")[-1:],
+        snapshots=place(config.snapshot, config.name, {FOLDER: str(memory)}),
+        buddies=fits.buddies if config.snapshot.buddies else None,
+    )  # fmt: skip
 
 
 def _trained_on(hosts: Roster, spares: int) -> int:

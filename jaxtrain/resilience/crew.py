@@ -22,6 +22,7 @@ from jaxtrain.resilience.host import FENCE_S, Host, Plan
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import GONE, HERE, SILENT, Node
 from jaxtrain.resilience.report import unpacked
+from jaxtrain.resilience.stock import Part, Stock, missing
 from jaxtrain.resilience.tenure import VARIABLE, Tenure
 from jaxtrain.resilience.verdict import Status, Verdict
 
@@ -30,6 +31,7 @@ RETURN_S = 600.0  # for hosts to come back where those that are left are too few
 GONE_S = 0.3  # for a line that broke to be there again
 GATHER_S = 9.5  # for the stacks of all hosts
 GROW_LOOK_S = 1.0
+RESTOCK_S = 120.0  # for parts of snapshots to come to hosts that lack them
 
 Fits = Callable[[int], "list[str] | None"]  # what so many hosts add to the command line; None: the config does not run on them
 
@@ -57,7 +59,8 @@ class Remote:
 
 class Crew:
     """To be used by the main thread alone. `fits`: by a number of hosts; `spares`: of the job's hosts that do not train
-    while all are well; `moment`: changes whenever there is a new state to go on from; `lost`: the host that led before."""
+    while all are well; `moment`: changes whenever there is a new state to go on from; `lost`: the host that led before; `buddies`: on so many hosts, who keeps
+    whose snapshots."""
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class Crew:
         spares: int = 0,
         moment: Callable[[], object] = lambda: None,
         lost: str = "",
+        stock: Stock | None = None,
+        buddies: Callable[[int], list[int | None]] = lambda hosts: [None] * hosts,
     ):
         self.name, self.settle_s = own.name, 2 * GONE_S
         self._own, self._node, self._tenure, self._changed, self._fits, self._moment = own, node, tenure, changed, fits, moment
@@ -82,8 +87,7 @@ class Crew:
         self._orders = itertools.count(1)
         self._signalled, self._looked, self._grow_from = False, 0.0, None
         self._said: set[str] = set()
-        self.restock: Callable[[list[str], list[str]], None] = lambda members, before: None
-        self.buddies: Callable[[list[str]], list[str | None]] = lambda members: [None] * len(members)
+        self._stock, self._buddies = stock, buddies
 
     @property
     def processes(self) -> int:
@@ -125,7 +129,8 @@ class Crew:
 
     def start(self, plan: Plan) -> bool:
         """Each host's trainers; whether all hosts had standbys."""
-        each, buddies = self._own.processes, self.buddies(self._members)
+        each = self._own.processes
+        buddies = [None if number is None else self._members[number] for number in self._buddies(len(self._members))]
         self._plan = plan = dataclasses.replace(
             plan, env={**plan.env, VARIABLE: str(self._tenure.mine)}, argv=tuple(self._fits(len(self._members)) or ())
         )
@@ -133,6 +138,8 @@ class Crew:
         for number, name in enumerate(self._members):
             part = dataclasses.replace(plan, first=number * each, buddy=buddies[number])
             if name == self.name:
+                if self._stock:
+                    self._stock.begin(part, each)
                 ready = self._own.start(part) and ready
                 continue
             remote = self._remotes[name]
@@ -149,6 +156,8 @@ class Crew:
         for name in others:
             self._ask(name, {"order": "fence"})
         alive = self._own.fence()
+        if self._stock:
+            self._stock.rest()
         while self._tenure.mine:
             self._hear()
             if not [name for name in others if not self._fenced(name)]:
@@ -195,10 +204,7 @@ class Crew:
         """As Host.gather, of all hosts."""
         asked = [name for name in self._others() if self._ask(name, {"order": "gather", "folder": str(folder)})]
         rows = {s.index: s for s in self._own.gather([s for s in statuses if s.host == self.name], folder)}
-        end = time.monotonic() + GATHER_S
-        while time.monotonic() < end and [name for name in asked if self._remotes[name].owes]:
-            self._hear()
-            self._pause(0.05)
+        self._await(asked, GATHER_S)
         frames = {int(i): text for name in asked for i, text in self._remotes[name].done.get("frames", {}).items()}
         return [rows.get(s.index) or dataclasses.replace(s, frame=frames.get(s.index, "")) for s in statuses]
 
@@ -285,7 +291,35 @@ class Crew:
                 + (f"; {', '.join(spare)} wait as spares" if spare else "")
                 + (f"; the batch is the same, {' '.join(more)}" if more else "")
             )
-        self.restock(self._members, before)
+        self._restock()
+
+    def _restock(self) -> None:
+        """Lets those who lack parts of the newest snapshot have them; what does not arrive in time is not waited for."""
+        if self._stock is None:
+            return
+        asked = [name for name in self._here() if self._ask(name, {"order": "inventory"})]
+        self._await(asked, GATHER_S)
+        stocks = {name: [Part(*row) for row in self._remotes[name].done.get("parts", [])] for name in asked}
+        stocks[self.name] = self._stock.inventory()
+        orders: dict[str, dict[str, list[Part]]] = {}
+        for source, part, to in missing(self._members, self._own.processes, stocks):
+            orders.setdefault(source, {}).setdefault(to, []).append(part)
+        own = orders.pop(self.name, {})
+        for name, lots in orders.items():
+            self._ask(name, {"order": "send", "lots": lots})
+        sent = all([self._stock.send(parts, to) for to, parts in own.items()])
+        self._await(list(orders), RESTOCK_S)
+        if not sent or not all(self._remotes[name].done.get("sent") for name in orders):
+            _say("not all hosts have what they need of the newest snapshot")
+
+    def _await(self, names: list[str], seconds: float) -> None:
+        """Until these have done what they were asked, or are lost, or the time is over."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._hear()
+            if not [name for name in names if self._remotes[name].owes and self._node.state(name) == HERE]:
+                return
+            self._pause(0.02)
 
     def _is_lost(self, name: str) -> bool:
         remote, state = self._remotes[name], self._node.state(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxtrain.config import RunConfig
 from jaxtrain.errors import UserError
 from jaxtrain.layout import check_layout
+from jaxtrain.resilience.buddies import buddy, groups
 
 
 class Fits:
@@ -33,6 +34,14 @@ class Fits:
             if hosts >= self._usual or self._on_a_device(config, sizes) <= self._most:
                 return [] if accumulate == self._config.accumulate else ["--accumulate", str(accumulate)]
         return None
+
+    def buddies(self, hosts: int) -> list[int | None]:
+        """Which host keeps copies of each one's snapshots, both by their places in the mesh."""
+        words = self(hosts)
+        config = self._config if not words else dataclasses.replace(self._config, accumulate=int(words[1]))
+        shared = groups(check_layout(config, hosts * self._devices), hosts)
+        found = [buddy(host, shared) for host in range(hosts)]
+        return [each and each.host for each in found]
 
     @cached_property
     def _candidates(self) -> list[int]:

@@ -18,6 +18,7 @@ from jaxtrain.resilience.host import Host, Plan
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import HERE, Node
 from jaxtrain.resilience.report import packed
+from jaxtrain.resilience.stock import Part, Stock
 from jaxtrain.resilience.tenure import TAKEN, Tenure
 from jaxtrain.resilience.verdict import Status, Verdict
 
@@ -31,9 +32,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Follower:
     """`run` returns the exit code of the job, or None when this host leads."""
 
-    def __init__(self, host: Host, node: Node, tenure: Tenure, changed: threading.Event, on_start: Callable[[Plan], None]):
+    def __init__(self, host: Host, node: Node, tenure: Tenure, changed: threading.Event, stock: Stock):
         self._host, self._node, self._tenure, self._changed = host, node, tenure, changed
-        self._instance, self._on_start = secrets.token_hex(4), on_start
+        self._instance, self._stock = secrets.token_hex(4), stock
         self._signals: list[int] = []
         self._greeted, self._served, self._reported, self._last = 0, 0, 0.0, None  # connection; term; when; what
         self._alive = 0  # the last term that was seen before its end
@@ -47,6 +48,8 @@ class Follower:
             "fence": lambda order: {"alive": self._fence()},
             "signal": lambda order: self._host.signal(order["number"]),
             "gather": self._gather,
+            "inventory": lambda order: {"parts": self._stock.inventory()},
+            "send": lambda order: {"sent": all([self._stock.send(_parts(rows), to) for to, rows in order["lots"].items()])},
         }
 
     def run(self) -> int | None:
@@ -155,12 +158,13 @@ class Follower:
             return  # it was sent again, for a line that broke
         self._fence()
         self._host.prepare(0)
-        self._on_start(plan)
+        self._stock.begin(plan, self._host.processes)
         self._host.start(plan)
         self._reported = 0.0
 
     def _fence(self) -> list[int]:
         self.left = self._host.statuses() or self.left
+        self._stock.rest()
         return self._host.fence()
 
     def _gather(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +189,10 @@ class Follower:
         self._signals.append(number)
         again = len(self._signals) > 1 and number == signal.SIGINT
         self._host.signal(signal.SIGKILL if again else number)
+
+
+def _parts(rows: list[list[Any]]) -> list[Part]:
+    return [Part(*row) for row in rows]
 
 
 def _say(line: str) -> None:

@@ -16,6 +16,7 @@ from jaxtrain.resilience.host import Host
 from jaxtrain.resilience.lead import Lead
 from jaxtrain.resilience.node import Node
 from jaxtrain.resilience.roster import Roster
+from jaxtrain.resilience.stock import Stock
 from jaxtrain.resilience.tenure import Tenure
 from jaxtrain.resilience.verdict import Verdict
 
@@ -31,11 +32,17 @@ def supervise(
     env: Callable[[int], dict[str, str]] = lambda generation: {},
     spares: int = 0,
     moment: Callable[[], object] = lambda: None,
+    snapshots: Path | None = None,
+    buddies: Callable[[int], list[int | None]] | None = None,
 ) -> int:
-    """Until the job has ended: its exit code, the same on all hosts. `moment` changes with every new state to go on from."""
+    """Until the job has ended: its exit code, the same on all hosts. `moment` changes with every new state to go on from;
+    `snapshots`: where this host's trainers keep them; `buddies`: on so many hosts, which host keeps whose.
+    """
     tenure = Tenure(run_dir, roster.name, roster.addresses[roster.index], watch.lease, changed)
     node = Node(roster, secret, tenure, changed, host.pids)
-    follower = Follower(host, node, tenure, changed, lambda plan: None)
+    stock = Stock(snapshots, roster, secret, node.hub.send, copies=buddies is not None)
+    node.on_payload = stock.received
+    follower = Follower(host, node, tenure, changed, stock)
     try:
         while True:
             code = follower.run()
@@ -43,7 +50,7 @@ def supervise(
                 return code
             _say(f"host {host.name} leads, term {tenure.mine}")
             lost, why = follower.took_over()
-            crew = Crew(host, node, tenure, changed, fits, spares, moment, lost)
+            crew = Crew(host, node, tenure, changed, fits, spares, moment, lost, stock, buddies or (lambda hosts: [None] * hosts))
             lead = Lead(crew, run_dir, changed, watch, env, crew.last_generation(), why)
             try:
                 return _ended(lead.run(), node, tenure)
@@ -54,6 +61,7 @@ def supervise(
                 _ended(getattr(error, "exit_code", Exit.FAILED), node, tenure)
                 raise
     finally:
+        stock.close()
         tenure.close()
         node.close()
         host.close()
