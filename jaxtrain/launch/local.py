@@ -11,6 +11,7 @@ from jaxtrain.checkpoint.files import steps
 from jaxtrain.command import parse as parse_trainer
 from jaxtrain.errors import ConfigError, closest
 from jaxtrain.resilience import faults
+from jaxtrain.resilience.crew import Terms
 from jaxtrain.resilience.fewer import Fits, local_gpus
 from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.lead import Lead
@@ -56,12 +57,14 @@ def main(argv: list[str]) -> int:
     secret = job_secret(os.environ, config.run_dir)
     memory = memory_folder(config.run_dir, hosts.name)
     host = Host(argv, options.processes, memory, changed, env, name=hosts.name, devices=devices)
-    return supervise(
-        host, hosts, config.run_dir, secret, changed, config.watch, fits, injected, options.spares,
-        moment=lambda: steps(config.run_dir / "checkpoints")[-1:],
-        snapshots=place(config.snapshot, config.name, {FOLDER: str(memory)}),
+    terms = Terms(
+        fits=fits,
         buddies=fits.buddies if config.snapshot.buddies else None,
-    )  # fmt: skip
+        moment=lambda: steps(config.run_dir / "checkpoints")[-1:],
+        spares=options.spares,
+    )
+    snapshots = place(config.snapshot, config.name, {FOLDER: str(memory)})
+    return supervise(host, hosts, config.run_dir, secret, changed, config.watch, terms, injected, snapshots)
 
 
 def _trained_on(hosts: Roster, spares: int) -> int:

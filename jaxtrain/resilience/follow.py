@@ -86,7 +86,7 @@ class Follower:
             if "end" in order:
                 return order["end"]
             self._obey(order)
-        if self._host.pids() and clock() >= self._node.until():
+        if self._host.running() and clock() >= self._node.until():
             _say("the lead is not heard: the trainers of this host are ended")
             self._fence()
         self._report()

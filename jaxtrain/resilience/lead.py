@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
 from jaxtrain.resilience.pulse import Beat
 from jaxtrain.resilience.verdict import Status, Verdict, as_shell
+from jaxtrain.resilience.verified import suspects
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.02  # between two looks at the pulses; an exit is noticed at once
@@ -215,7 +216,11 @@ class Lead:
         codes = {s.code for s in statuses if s.code}
         if self._signals or codes & {*FINAL, *STOPPED}:
             return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
-        return verdict.of_exits(statuses)
+        found = verdict.of_exits(statuses)
+        aside = self._host.put_aside(suspects(self._run_dir)) if Exit.CORRUPTED in codes else []
+        if found and aside:
+            found = replace(found, line=f"{found.line}; {', '.join(aside)} is put aside: its devices or memory change bits")
+        return found
 
     def _last_exits(self, limit_s: float) -> int:
         end = time.monotonic() + limit_s

@@ -42,9 +42,9 @@ class Stock:
     """`folder`: where this host's trainers keep snapshots; None: they keep none. `answer`: sends to who sent to us."""
 
     def __init__(
-        self, folder: Path | None, roster: Roster, secret: bytes, answer: Callable[[str, dict[str, Any]], object], copies: bool
+        self, folder: Path | None, roster: Roster, secret: bytes, answer: Callable[[str, dict[str, Any]], object]
     ):
-        self._folder, self._roster, self._secret, self._answer, self._copies = folder, roster, secret, answer, copies
+        self._folder, self._roster, self._secret, self._answer = folder, roster, secret, answer
         self._came: queue.SimpleQueue[tuple[str, dict[str, Any], memoryview]] = queue.SimpleQueue()
         self._coming: dict[tuple[str, int], list[memoryview]] = {}
         self._buddy: tuple[str, list[int]] | None = None  # and this host's processes
@@ -56,7 +56,7 @@ class Stock:
         """Before this host's trainers start: from now on each of their snapshots goes to the plan's buddy."""
         if self._folder is None:
             return
-        if plan.buddy and self._copies:
+        if plan.buddy:
             buddies.start(self._folder)
             self._buddy = plan.buddy, list(range(plan.first, plan.first + processes))
         else:

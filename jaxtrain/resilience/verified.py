@@ -17,6 +17,7 @@ from jaxtrain.checkpoint.files import write_durably
 from jaxtrain.errors import RunError
 
 FILE, EVENTS = "verified.json", "corruption.jsonl"
+CERTAIN = ("majority", "replay")  # of what found a difference, those that tell who is wrong
 
 
 class Verified:
@@ -66,6 +67,15 @@ class Verified:
         except OSError as error:
             fix = "free space or give write permission, then run the same command again"
             raise RunError(f"cannot write {self._run_dir / FILE}.", got=error.strerror or str(error), fix=fix) from error
+
+
+def suspects(run_dir: Path) -> list[int]:
+    """The processes whose devices held other bits than the rest, by the last difference; none where it was not certain."""
+    try:
+        row = json.loads((run_dir / EVENTS).read_text().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return []
+    return sorted({suspect["process"] for suspect in row["suspects"]}) if row["found_by"] in CERTAIN else []
 
 
 def _read(path: Path) -> dict[str, int]:

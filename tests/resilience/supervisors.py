@@ -18,6 +18,7 @@ import os, sys, threading
 from pathlib import Path
 from jaxtrain.errors import UserError
 from jaxtrain.resilience import faults
+from jaxtrain.resilience.crew import Terms
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.roster import roster
@@ -30,13 +31,14 @@ sizes = [int(size) for size in sizes.split(",")]
 fits = lambda hosts: ([] if hosts == sizes[0] else ["accumulated"]) if hosts in sizes else None
 fake = [sys.executable, "tests/resilience/fake_trainer.py"]
 saved = lambda: (run_dir / "saved").read_text() if (run_dir / "saved").exists() else ""
+terms = Terms(fits=fits, moment=saved, spares=int(spares))
 service = [sys.executable, "-c", "from jaxtrain.resilience.child import READY; print(READY, flush=True); input()"]
 try:
     hosts = roster()
     host = Host(["train", folder, steps], int(processes), memory_folder(run_dir, hosts.name), changed,
                 trainer=fake, service=service, name=hosts.name)
     watch, env = Deadlines(floor=1.5, lease=float(lease)), lambda n: faults.environment(injected, n)
-    sys.exit(supervise(host, hosts, run_dir, job_secret(os.environ, run_dir), changed, watch, fits, env, int(spares), saved))
+    sys.exit(supervise(host, hosts, run_dir, job_secret(os.environ, run_dir), changed, watch, terms, env))
 except UserError as error:
     print(error, file=sys.stderr)
     sys.exit(1)
@@ -48,8 +50,7 @@ class Job:
 
     def __init__(self, folder, count, *, steps=60, processes=1, spares=0, sizes=None, lease=LEASE_S, faults=()):
         self.folder, self.count, self.processes = folder, count, {}
-        ports = free_ports(count)
-        self.addresses = [f"127.0.0.1:{port}" for port in ports]
+        self.addresses = self.place(count)
         allowed = ",".join(map(str, sizes or range(count - spares, 0, -1)))
         self.words = [str(folder), str(steps), str(processes), str(spares), allowed, str(lease), *faults]
         for index in range(count):
@@ -66,6 +67,9 @@ class Job:
             self.processes[index] = subprocess.Popen(
                 command, cwd=ROOT, env=own, stdout=said, stderr=said, stdin=subprocess.DEVNULL
             )
+
+    def place(self, count):
+        return [f"127.0.0.1:{port}" for port in free_ports(count)]
 
     def prefix(self, index):
         return []
