@@ -76,7 +76,7 @@ class Crew:
     def last_generation(self) -> int:
         """Of which any host here has heard."""
         self._remotes.hear()
-        return max([self._own.generation, *(remote.generation for remote in self._remotes)])
+        return max([self._own.generation, self._tenure.generation, *(remote.generation for remote in self._remotes)])
 
     # Between generations
 
@@ -112,7 +112,7 @@ class Crew:
         keepers = self._terms.buddies(size) if self._terms.buddies else [None] * size
         env = {**plan.env, VARIABLE: str(self._tenure.mine)}
         self._plan = plan = dataclasses.replace(plan, env=env, argv=tuple(self._terms.fits(size) or ()))
-        self._grow_from, ready = None, True
+        self._grow_from, ready, self._tenure.generation = None, True, plan.generation
         self._remotes.begin(plan, self._others())
         for place, (name, keeper) in enumerate(zip(self._members, keepers)):
             buddy = None if keeper is None else self._members[keeper]

@@ -82,6 +82,9 @@ class Host:
         """There is nobody to wait for."""
         return True
 
+    def last_generation(self) -> int:
+        return self.generation
+
     def trouble(self) -> Verdict | None:
         """No other host is lost, and none comes."""
 

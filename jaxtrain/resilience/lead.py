@@ -70,8 +70,8 @@ class Incident:
 
 
 class Lead:
-    """`run` returns the exit code. `env`: of a generation by its number, for faults that are injected. `generation`: the
-    last one so far. `took_over`: where another led before, why it does no more, and since when."""
+    """`run` returns the exit code. `env`: of a generation by its number, for faults that are injected. `took_over`:
+    where another led before, why it does no more, and since when."""
 
     def __init__(
         self,
@@ -80,11 +80,10 @@ class Lead:
         changed: threading.Event,
         deadlines: Deadlines,
         env: Callable[[int], dict[str, str]] = lambda generation: {},
-        generation: int = 0,
         took_over: tuple[Verdict, float] | None = None,
     ):
         self._host, self._run_dir, self._changed, self._deadlines, self._env = host, run_dir, changed, deadlines, env
-        self._generation, self._reached, self._failures, self._count = generation, 0, 0, 0
+        self._generation, self._reached, self._failures, self._count = 0, 0, 0, 0
         self._seen: list[Beat] = []  # of older generations, to learn from
         self._incident: Incident | None = None
         self._signals: list[int] = []
@@ -133,7 +132,7 @@ class Lead:
         count = self._host.processes
         self._host.prepare(count)
         port, service = self._host.service(count)
-        self._generation += 1
+        self._generation = self._host.last_generation() + 1
         env = self._env(self._generation)
         self._pace.restart()
         plan = Plan(generation=self._generation, service=f"{self._host.address}:{port}", first=0, count=count, env=env)

@@ -45,7 +45,7 @@ def supervise(
             say(f"host {host.name} leads, term {tenure.mine}")
             lost, why = follower.took_over()
             crew = Crew(host, node, tenure, changed, stock, terms, lost)
-            lead = Lead(crew, run_dir, changed, watch, env, crew.last_generation(), why)
+            lead = Lead(crew, run_dir, changed, watch, env, why)
             try:
                 return _ended(lead.run(), node, tenure)
             except Deposed:

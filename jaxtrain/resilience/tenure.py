@@ -49,6 +49,7 @@ class Tenure:
         self.newest = Term()
         self._confirmed = self._acked = -1e9  # of `clock`: when the last write began; when all others had heard
         self.mine = 0  # the term of this host, 0 while it does not lead
+        self.generation = 0  # the last one of the job, as its lead says; set by the lead
         self.trouble = ""  # why the folder cannot be read or written now
         self.cut = False  # whether this host does not hear the lead, which it says in the folder
         self._cried = False
@@ -72,7 +73,7 @@ class Tenure:
             mine = self._folder / f".{number}.{_plain(self._host)}.{os.getpid()}"
             mine.write_text(json.dumps({"host": self._host, "address": self._address}))
             try:
-                _write_life(self._folder / f"{number}.life", "0")
+                _write_life(self._folder / f"{number}.life", f"0 {self.generation}")
                 os.link(mine, self._folder / str(number))
             except FileExistsError:
                 return False
@@ -130,7 +131,7 @@ class Tenure:
             self._changed.set()
         elif mine and mine == self.mine:
             self._count += 1
-            _write_life(self._folder / f"{mine}.life", str(self._count))
+            _write_life(self._folder / f"{mine}.life", f"{self._count} {self.generation}")
             if clock() < self.until():
                 self._confirmed = began
         seen = (term, life)
@@ -141,6 +142,8 @@ class Tenure:
             if term != self.newest:
                 self._changed.set()
             self.newest, self._life = term, life
+            if not self.mine:
+                self.generation = int(life.split()[1]) if life and term.ended is None else 0
         self._known.set()
         if self.cut != self._cried:
             self._cry(term.number)
@@ -194,7 +197,7 @@ def _write_life(path: Path, text: str) -> None:
     """In place, so that a full disk has room for it; closed, so that other clients of a file server see it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        os.pwrite(descriptor, text.ljust(20).encode(), 0)
+        os.pwrite(descriptor, text.ljust(32).encode(), 0)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,5 +1,6 @@
 """A trainer without jax: takes orders, beats, keeps its step in a file as a checkpoint would, and fails as it is told."""
 
+import fcntl
 import json
 import os
 import sys
@@ -24,6 +25,11 @@ mine.beat("restore", 0)
 saved = folder / "saved"
 first = int(saved.read_text()) if saved.exists() else 0
 generation, count = (int(os.environ[f"JAXTRAIN_{name}"]) for name in ("GENERATION", "NUM_PROCESSES"))
+lock = open(folder / f"lock.{os.environ['JAXTRAIN_PROCESS_ID']}", "w")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:  # another generation's trainer of this number lives
+    (folder / "overlap").touch()
 links = folder / "pulses"  # in the run folder, for the trainers of all hosts
 links.mkdir(exist_ok=True)
 link = links / f"{generation}.{os.environ['JAXTRAIN_PROCESS_ID']}.pulse"

@@ -1,10 +1,12 @@
 """Several supervisors of one job on this machine, killed, stopped and started again; trainers without jax."""
 
+import random
 import signal
+import time
 
 import pytest
 
-from tests.resilience.supervisors import Job
+from tests.resilience.supervisors import LEASE_S, Job
 
 
 @pytest.fixture
@@ -18,14 +20,15 @@ def job(tmp_path):
     yield start
     for each in jobs:
         each.close()
-    if (path := tmp_path / "commits").exists():
-        assert_one_generation_at_a_time(path)
+    assert_one_generation_at_a_time(tmp_path)
 
 
-def assert_one_generation_at_a_time(path):
-    """Generations and, within each, steps grow from commit to commit."""
-    commits = [tuple(map(int, line.split())) for line in path.read_text().splitlines()]
+def assert_one_generation_at_a_time(folder):
+    """Generations and, within each, steps grow from commit to commit, and no two trainers had one number."""
+    path = folder / "commits"
+    commits = [tuple(map(int, line.split())) for line in path.read_text().splitlines()] if path.exists() else []
     assert commits == sorted(set(commits))
+    assert not (folder / "overlap").exists()
 
 
 def test_hosts_find_each_other_and_end_together(job):
@@ -137,3 +140,33 @@ def test_a_signal_to_all_ends_all_with_one_code(job):
         two.signal(index, signal.SIGTERM)
     codes = two.end()
     assert set(codes.values()) == {143}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_killed_and_stopped_there_is_one_lead_and_the_run_ends(job, seed):
+    """Supervisors of four hosts, and what they started, killed, stopped and started again at random for a minute."""
+    chance = random.Random(seed)
+    four = job(4, steps=1500)
+    four.until_true(lambda: (four.folder / "saved").exists(), "a first save")
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        index = chance.randrange(4)
+        if four.processes[index].poll() is not None:
+            four.start(index)
+        elif chance.random() < 0.4:
+            four.signal(index, signal.SIGKILL)
+            four.processes[index].wait()
+        else:
+            four.signal(index, signal.SIGSTOP)
+            time.sleep(chance.uniform(0, 4 * LEASE_S))
+            four.signal(index, signal.SIGCONT)
+        time.sleep(chance.uniform(0, 2 * LEASE_S))
+    for index in range(4):
+        if four.processes[index].poll() is not None:
+            four.start(index)
+    codes = four.end()
+    assert set(codes.values()) == {0}
+    assert (four.folder / "saved").read_text() == "1500"
+    leads = [line for line in four.said().splitlines() if "leads, term" in line]
+    assert len(leads) == len({line.split()[-1] for line in leads}), leads

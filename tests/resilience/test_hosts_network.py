@@ -73,8 +73,7 @@ def job(tmp_path):
     yield start
     for each in jobs:
         each.close()
-    if (path := tmp_path / "commits").exists():
-        assert_one_generation_at_a_time(path)
+    assert_one_generation_at_a_time(tmp_path)
 
 
 def saved(job):
