@@ -20,6 +20,7 @@ KINDS = {
     "sigterm": "SIGTERM, as a cluster manager sends it",
     "exit": "the process ends by itself, with code 1 and no word",
     "hang": "Python code waits for ever",
+    "kill-supervisor": "SIGKILL of the host's supervisor; its trainers die with it",
     "abort": "native code ends the process, as XLA does when it finds itself in a wrong state",
 }
 ENDING = ("kill", "stop", "exception", "exit", "hang", "abort")  # those that end a generation
@@ -101,5 +102,6 @@ _ACTS: dict[str, Callable[[Fault], None]] = {
     "sigterm": lambda fault: os.kill(os.getpid(), signal.SIGTERM),
     "exit": lambda fault: os._exit(1),
     "hang": lambda fault: time.sleep(1e9),
+    "kill-supervisor": lambda fault: os.kill(os.getppid(), signal.SIGKILL),
     "abort": lambda fault: os.abort(),
 }

@@ -1,5 +1,6 @@
 """A trainer without jax: takes orders, beats, keeps its step in a file as a checkpoint would, and fails as it is told."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -50,6 +51,11 @@ for step in range(first, steps):
     mine.beat("compile" if step == first else "step", step)
     time.sleep(0.02)
     mine.beat("metrics", step)
+    if step == 12 and (folder / "corrupt").exists():  # as a run does whose copies differ
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "corrupt").rename(folder / "corruption.jsonl")
+        time.sleep(0.1)
+        os._exit(76)
     while not all(reached(path, step) for path in peers):  # as a collective waits
         time.sleep(0.002)
     if os.environ["JAXTRAIN_PROCESS_ID"] == "0" and (step + 1) % 5 == 0:

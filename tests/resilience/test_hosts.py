@@ -1,5 +1,6 @@
 """Several supervisors of one job on this machine, killed, stopped and started again; trainers without jax."""
 
+import json
 import random
 import signal
 import time
@@ -107,6 +108,17 @@ def test_when_the_lead_is_lost_another_takes_over(job, number):
     assert set(three.end(others).values()) == {0}
     row = three.rows()[0]
     assert row["what"] == "lead lost" and f"host {three.addresses[lost]}, which led, was lost" in row["line"]
+
+
+def test_a_host_that_changes_bits_is_put_aside(job, tmp_path):
+    row = {"step": 12, "agreed": 0, "found_by": "majority", "suspects": [{"process": 1}]}
+    (tmp_path / "corrupt").write_text(json.dumps(row) + "\n")
+    three = job(3, steps=40, spares=1)
+    assert set(three.end().values()) == {0}
+    (row,) = three.rows()
+    bad = next(i for i in range(3) if "[p1] generation 1" in three.said(i))
+    assert row["what"] == "exit code 76" and f"{three.addresses[bad]} is put aside" in row["line"]
+    assert "generation 2" not in three.said(bad) and three.said().count("] generation 2") == 2
 
 
 def test_without_the_secret_nobody_joins(job, tmp_path):
