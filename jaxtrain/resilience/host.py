@@ -44,6 +44,11 @@ class Plan:
     buddy: str | None = None  # the host that keeps copies of this one's snapshots
 
 
+def generation_name(plan: Plan | None) -> str:
+    """There is none like it in a run folder's whole life."""
+    return f"{plan.env.get('JAXTRAIN_TERM', '0')}.{plan.generation}" if plan else "-"
+
+
 class Host:
     """To be used by the main thread alone. `argv`: the trainers' verb, CONFIG and flags; `processes`: how many run here;
     `folder`: in memory, of this run alone; snapshots that a killed supervisor left there are used by the next.
@@ -106,9 +111,9 @@ class Host:
         """What trains here, in words."""
         return f"{self.processes} processes of {self._devices} devices"
 
-    def pids(self) -> list[int]:
-        """Of the trainers that may live."""
-        return [child.pid for child in self._trainers if child.ended is None]
+    def pids(self) -> tuple[str, list[int]]:
+        """Of which generation the trainers here are, and those that live."""
+        return generation_name(self._plan), [child.pid for child in self._trainers if child.ended is None]
 
     def running(self) -> int:
         """The generation whose trainers are here; 0: none."""

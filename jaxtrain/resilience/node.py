@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from jaxtrain.resilience.channel import GONE, HERE, SILENT, Hub, Limits, Line, Peer
@@ -24,11 +24,11 @@ LOOKS = 20  # signs of life to the lead and to the leash in one lease
 class Node:
     """`inbox`: (host, message) from hosts that follow this one; `orders`: messages from the lead that it follows.
 
-    `pids`: this host's trainers now. `changed` is set when something has come.
+    `pids`: the generation and the processes of this host's trainers now. `changed` is set when something has come.
     """
 
     def __init__(
-        self, roster: Roster, secret: bytes, tenure: Tenure, changed: threading.Event, pids: Callable[[], Iterable[int]]
+        self, roster: Roster, secret: bytes, tenure: Tenure, changed: threading.Event, pids: Callable[[], tuple[str, list[int]]]
     ):
         self.roster, self._secret, self._tenure, self._changed, self._pids = roster, secret, tenure, changed, pids
         self.inbox: queue.SimpleQueue[tuple[str, Message]] = queue.SimpleQueue()
@@ -91,10 +91,11 @@ class Node:
 
     def _keep(self) -> None:
         """Asks for the right, and passes it on to the leash, whatever the main thread waits for."""
-        leash, pause = Leash(), self._tenure.lease / LOOKS
+        leash, pause = Leash(self._tenure.word(self.roster.name)), self._tenure.lease / LOOKS
         while not self._closed.wait(pause):
             self.tell({"ping": clock(), "echo": self._echo})
-            leash.hold(self._pids(), self.until())
+            of, pids = self._pids()
+            leash.hold(pids, self.until(), of)
         leash.close()
 
     def _received(self, name: str, message: Message, payload: memoryview | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtrain.resilience.host import Plan
+from jaxtrain.resilience.host import Plan, generation_name
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import GONE, HERE, SILENT, Node
 from jaxtrain.resilience.report import unpacked
@@ -113,16 +114,22 @@ class Remotes:
     def wait_until_dead(self, names: Iterable[str]) -> list[int]:
         """Until these, which were told to fence, have no trainers for certain; those that could not be killed.
 
-        A host that does not answer has none when the right is over that it last had from here.
+        A host that does not answer has none when its leash has left word, or the right is over that it last had from here.
         """
         names = [*names]
         while self._tenure.mine:
             self.hear()
-            dead = [not self._all[n].asked or clock() > self._node.promised.get(n, 0.0) + DYING_S for n in names]
-            if all(dead):
+            if all(self._is_dead(name) for name in names):
                 break
-            self.pause(0.02)
+            self.pause(0.05)
         return [pid for name in names for pid in self._all[name].done.get("alive", [])]
+
+    def _is_dead(self, name: str) -> bool:
+        if not self._all[name].asked or clock() > self._node.promised.get(name, 0.0) + DYING_S:
+            return True
+        with contextlib.suppress(OSError):
+            return self._node.state(name) != HERE and self._tenure.is_dead(name, generation_name(self._plan))
+        return False
 
     def is_lost(self, name: str) -> bool:
         """Of a host that has trainers of this generation."""

@@ -105,6 +105,16 @@ class Tenure:
             return within(Deadline(1.0), read) == str(self.mine)
         return False
 
+    def word(self, host: str) -> str:
+        """The file in which a host's leash says that its supervisor and all its trainers are dead: of which generation."""
+        return str((self._folder / f"{_plain(host)}.dead").absolute())
+
+    def is_dead(self, host: str, generation: str) -> bool:
+        """Whether that file says so. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            return within(Deadline(1.0), Path(self.word(host)).read_text) == generation
+        return False
+
     def end(self, code: int) -> None:
         """The job is over, or this host leads no more: the next term may begin at once."""
         number, self.mine = self.mine, 0

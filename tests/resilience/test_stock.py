@@ -59,7 +59,7 @@ def test_each_new_snapshot_goes_to_the_buddy_and_from_there_to_who_needs_it(open
     for index, name in enumerate("abc"):
         roster = Roster(index=index, addresses=addresses)
         tenure = Tenure(tmp_path, roster.name, addresses[index], 5.0, threading.Event())
-        node = Node(roster, SECRET, tenure, threading.Event(), list)
+        node = Node(roster, SECRET, tenure, threading.Event(), lambda: ("-", []))
         stock = Stock(tmp_path / name, roster, SECRET, node.hub.send)
         node.on_payload = stock.received
         stocks.append(stock)

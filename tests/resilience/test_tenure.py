@@ -126,23 +126,24 @@ def test_the_leash_kills_when_the_time_is_over_and_not_before(opened):
         leash.close()
 
 
-def test_the_leash_kills_what_a_stopped_supervisor_left_and_is_replaced_when_it_is_killed(opened):
+def test_the_leash_kills_what_a_stopped_supervisor_left_and_is_replaced_when_it_is_killed(opened, tmp_path):
     children = [opened(sleeper()) for _ in range(2)]
     script = (
-        "import os, signal, sys, time; from jaxtrain.resilience.leash import Leash, clock; leash = Leash()\n"
-        "leash.hold([int(sys.argv[1])], clock() + 60); leash._process.kill(); leash._process.wait()\n"
-        "leash.hold([int(sys.argv[1])], clock() + 1.0); print('held', flush=True)\n"
+        "import os, sys, time; from jaxtrain.resilience.leash import Leash, clock; leash = Leash(sys.argv[3])\n"
+        "leash.hold([int(sys.argv[1])], clock() + 60, '1.3'); leash._process.kill(); leash._process.wait()\n"
+        "leash.hold([int(sys.argv[1])], clock() + 1.0, '1.7'); print('held', flush=True)\n"
         "time.sleep(60) if sys.argv[2] == 'stop' else os._exit(0)"
     )
     try:
         for child, how in zip(children, ("stop", "exit")):
-            command = [sys.executable, "-c", script, str(child.pid), how]
+            command = [sys.executable, "-c", script, str(child.pid), how, str(tmp_path / how)]
             holder = opened(subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}))
             holder.stdout.readline()
             if how == "stop":
                 holder.send_signal(signal.SIGSTOP)
             assert child.wait(10) == -signal.SIGKILL
             holder.kill()
+            until(lambda: (tmp_path / how).exists() and (tmp_path / how).read_text() == "1.7")
     finally:
         for child in children:
             child.kill()
