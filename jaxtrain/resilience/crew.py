@@ -26,6 +26,7 @@ JOIN_S = 120.0  # for all hosts to come at first; then those that are there begi
 RETURN_S = 600.0  # for hosts to come back where those that are left are too few
 GATHER_S = 9.5  # for the stacks of all hosts
 GROW_LOOK_S = 1.0
+LOOKED_AT_A_SECOND = 4000  # hosts, where none has news
 RESTOCK_S = 120.0  # for parts of snapshots to come to hosts that lack them
 
 
@@ -62,6 +63,7 @@ class Crew:
         self._signalled, self._looked = False, 0.0
         self._grow_from: tuple[object] | None = None  # the moment after which those who have come may train
         self._said: set[str] = set()
+        self.poll_s = max(Host.poll_s, len(self._names) / LOOKED_AT_A_SECOND)
 
     @property
     def processes(self) -> int:
@@ -102,6 +104,10 @@ class Crew:
         """Standbys on all hosts, and here a service for so many trainers."""
         self._own.prepare(count)
         self._remotes.tell(self._remotes.here(), {"order": "prepare"})
+
+    def ready(self) -> bool:
+        """Whether standbys wait on all hosts that train."""
+        return self._own.ready() and all(self._remotes[name].ready for name in self._others())
 
     def service(self, count: int) -> tuple[int, Child]:
         return self._own.service(count)

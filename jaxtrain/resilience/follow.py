@@ -24,6 +24,7 @@ from jaxtrain.resilience.verdict import Status, Verdict
 
 POLL_S = 0.02
 REPORT_S = 0.25  # at least so often, and when a trainer ends or begins
+REPORTS_A_SECOND = 1000  # at most to one lead, but for news
 TURN_S = 1.0  # by which each host lets the one before it in the roster take a term first
 LEADERLESS_S = 600.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -180,9 +181,10 @@ class Follower:
         statuses, ready = self._host.statuses(), self._host.ready()
         seen = ([(s.code, s.beat and s.beat.phase == "start") for s in statuses], ready)
         now = time.monotonic()
-        if seen == self._last and now < self._reported + REPORT_S:
+        news, many = seen != self._last, len(self._node.roster.names) / REPORTS_A_SECOND
+        if not news and now < self._reported + max(REPORT_S, many):
             return
-        if self._node.tell({"report": packed(statuses), "ready": ready, **self._stands()}):
+        if self._node.tell({"report": packed(statuses), "news": news, "ready": ready, **self._stands()}):
             self._last, self._reported = seen, now
 
     def _forward(self, number: int, frame: object) -> None:

@@ -81,6 +81,7 @@ class Host:
         self._services: list[tuple[int, int, Child]] = []  # port, for how many trainers
 
     # What a host is to a lead that has this one alone; crew.py is all this for several.
+    poll_s = 0.02  # between two looks at the pulses; an exit is noticed at once
     address, settle_s = "localhost", 0.05  # `settle_s`: from the first exit to the verdict: what ended with it
 
     def assemble(self) -> bool:

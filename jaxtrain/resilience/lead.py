@@ -19,16 +19,14 @@ from typing import Any
 
 from jaxtrain.errors import RunError
 from jaxtrain.exits import AGAIN, FINAL, Exit
-from jaxtrain.resilience import verdict, vitals
+from jaxtrain.resilience import verdict, verified, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
 from jaxtrain.resilience.pulse import Beat
 from jaxtrain.resilience.verdict import Status, Verdict, as_shell
-from jaxtrain.resilience.verified import suspects
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-POLL_S = 0.02  # between two looks at the pulses; an exit is noticed at once
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
@@ -63,7 +61,7 @@ class Incident:
             **verdict.as_json(self.verdict),
             "tier": f"{self.tier}, {self.state or 'nothing'}",
             "restored_step": self.restored,
-            "replayed_steps": None if self.restored is None else self.step - self.restored,
+            "replayed_steps": None if self.restored is None else max(0, self.step - self.restored),
             "recovery_seconds": round(last - self.began, 3),
             "seconds": parts,
         }
@@ -145,7 +143,7 @@ class Lead:
         """Until the generation ends: the run's exit code, or what went wrong."""
         prepared, ended_well = False, None
         while True:
-            self._changed.wait(POLL_S)
+            self._changed.wait(self._host.poll_s)
             self._changed.clear()
             statuses = self._host.statuses()
             codes = [s.code for s in statuses]
@@ -216,7 +214,7 @@ class Lead:
         if self._signals or codes & {*FINAL, *STOPPED}:
             return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
         found = verdict.of_exits(statuses)
-        aside = self._host.put_aside(suspects(self._run_dir)) if Exit.CORRUPTED in codes else []
+        aside = self._host.put_aside(verified.accused(self._run_dir)) if Exit.CORRUPTED in codes else []
         if found and aside:
             found = replace(found, line=f"{found.line}; {', '.join(aside)} is put aside: its devices or memory change bits")
         return found
@@ -224,7 +222,7 @@ class Lead:
     def _last_exits(self, limit_s: float) -> int:
         end = time.monotonic() + limit_s
         while time.monotonic() < end and any(s.code is None for s in self._host.statuses()):
-            self._changed.wait(POLL_S)
+            self._changed.wait(self._host.poll_s)
             self._changed.clear()
         statuses = self._host.statuses()
         if left := [s.index for s in statuses if s.code is None]:

@@ -18,7 +18,8 @@ from jaxtrain.resilience.roster import Roster
 from jaxtrain.resilience.tenure import Tenure, Term
 
 Message = dict[str, Any]
-LOOKS = 20  # signs of life to the lead and to the leash in one lease
+LOOKS = 20  # questions to the lead, and words to the leash, in one lease; a quarter of that where the hosts are many
+ASKED_A_SECOND = 2000  # at most of one lead
 
 
 class Node:
@@ -41,9 +42,9 @@ class Node:
         self._echoes = dict.fromkeys((name for name in roster.names if name != roster.name), -1e9)
         self._line: Line | None = None
         self.connections = 0  # to leads, so far: after each the host greets
-        beat = tenure.lease / LOOKS
+        self.pause_s = min(4 * tenure.lease / LOOKS, max(tenure.lease / LOOKS, len(roster.names) / ASKED_A_SECOND))
         self.silent_s = tenure.lease / 2
-        self._limits = Limits(beat_s=beat, silent_s=self.silent_s, hello_s=self.silent_s)
+        self._limits = Limits(beat_s=self.pause_s, silent_s=self.silent_s, hello_s=self.silent_s)
         port = roster.addresses[roster.index].rpartition(":")[2]
         self.hub = Hub(f":{port}", secret, self._received, on_change=lambda *_: changed.set(), limits=self._limits)
         self._closed = threading.Event()
@@ -91,8 +92,8 @@ class Node:
 
     def _keep(self) -> None:
         """Asks for the right, and passes it on to the leash, whatever the main thread waits for."""
-        leash, pause = Leash(self._tenure.word(self.roster.name)), self._tenure.lease / LOOKS
-        while not self._closed.wait(pause):
+        leash = Leash(self._tenure.word(self.roster.name))
+        while not self._closed.wait(self.pause_s):
             self.tell({"ping": clock(), "echo": self._echo})
             of, pids = self._pids()
             leash.hold(pids, self.until(), of)
@@ -112,7 +113,9 @@ class Node:
                 self.hub.send(name, {"pong": message["ping"], "left": until - now, "now": now, "term": message["term"]})
             return None
         self.inbox.put((name, message))
-        return self._changed.set()
+        if message.get("news", True):
+            self._changed.set()
+        return None
 
     def _turned(self, state: str) -> None:
         self.connections += state == HERE

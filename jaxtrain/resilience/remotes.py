@@ -153,7 +153,9 @@ class Remotes:
         return [name for name in names if self._node.state(name) == SILENT]
 
     def unheard(self, names: Iterable[str]) -> bool:
-        return any(self._node.state(name) != HERE for name in names)
+        """Whether one of these is late with its sign of life: what is known of its trainers may be old."""
+        peers = [self._node.hub.peer(name) for name in names]
+        return any(peer.state != HERE or peer.heard_s > 3 * self._node.pause_s for peer in peers)
 
     def pause(self, seconds: float) -> None:
         """Until something has come, or so long. Raises Deposed."""

@@ -17,7 +17,6 @@ from jaxtrain.checkpoint.files import write_durably
 from jaxtrain.errors import RunError
 
 FILE, EVENTS = "verified.json", "corruption.jsonl"
-CERTAIN = ("majority", "replay")  # of what found a difference, those that tell who is wrong
 
 
 class Verified:
@@ -69,13 +68,13 @@ class Verified:
             raise RunError(f"cannot write {self._run_dir / FILE}.", got=error.strerror or str(error), fix=fix) from error
 
 
-def suspects(run_dir: Path) -> list[int]:
-    """The processes whose devices held other bits than the rest, by the last difference; none where it was not certain."""
-    try:
-        row = json.loads((run_dir / EVENTS).read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return []
-    return sorted({suspect["process"] for suspect in row["suspects"]}) if row["found_by"] in CERTAIN else []
+def accused(run_dir: Path) -> list[int]:
+    """The processes that the last difference was found in, where it is certain; else none."""
+    path = run_dir / EVENTS
+    lines = path.read_text().splitlines() if path.exists() else []
+    row = json.loads(lines[-1]) if lines else {"found_by": "", "suspects": []}
+    certain = row["found_by"] in ("majority", "replay")
+    return sorted({suspect["process"] for suspect in row["suspects"]}) if certain else []
 
 
 def _read(path: Path) -> dict[str, int]:

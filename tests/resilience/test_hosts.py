@@ -1,4 +1,7 @@
-"""Several supervisors of one job on this machine, killed, stopped and started again; trainers without jax."""
+"""Several supervisors of one job on this machine, killed, stopped and started again; trainers without jax.
+
+Those that take over ten seconds on a busy machine are slow.
+"""
 
 import json
 import random
@@ -48,6 +51,7 @@ def test_a_killed_trainer_of_another_host_is_named_with_its_host(job):
     assert row["restored_step"] == 10
 
 
+@pytest.mark.slow
 def test_a_stopped_trainer_of_another_host_is_named_with_stacks_of_both(job):
     two = job(2, faults=["stop:process=1,step=12"])
     assert two.end() == {0: 0, 1: 0}
@@ -57,7 +61,7 @@ def test_a_stopped_trainer_of_another_host_is_named_with_stacks_of_both(job):
         assert "phase" in (two.folder / "incidents" / "0001" / f"p{process}.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_lost_host_is_named_and_the_others_go_on_without_it(job, number):
     three = job(3, steps=80)
     three.until_true(lambda: (three.folder / "saved").exists(), "a first save")
@@ -70,6 +74,7 @@ def test_a_lost_host_is_named_and_the_others_go_on_without_it(job, number):
     assert "accumulated" in three.said() and "the batch is the same, accumulated" in three.said()
 
 
+@pytest.mark.slow
 def test_a_spare_takes_the_place_of_a_lost_host(job):
     three = job(3, steps=80, spares=1)
     three.until_true(lambda: (three.folder / "saved").exists(), "a first save")
@@ -81,6 +86,7 @@ def test_a_spare_takes_the_place_of_a_lost_host(job):
     assert "generation 2" in three.said(spare) and "accumulated" not in three.said()
 
 
+@pytest.mark.slow
 def test_a_host_that_comes_again_trains_again_after_the_next_save(job):
     two = job(2, steps=300)
     two.until_true(lambda: (two.folder / "saved").exists(), "a first save")
@@ -93,7 +99,7 @@ def test_a_host_that_comes_again_trains_again_after_the_next_save(job):
     assert "generation 3" in two.said(lost)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_when_the_lead_is_lost_another_takes_over(job, number):
     three = job(3, steps=100)
     three.until_true(lambda: (three.folder / "saved").exists(), "a first save")
@@ -121,6 +127,7 @@ def test_a_host_that_changes_bits_is_put_aside(job, tmp_path):
     assert "generation 2" not in three.said(bad) and three.said().count("] generation 2") == 2
 
 
+@pytest.mark.slow
 def test_without_the_secret_nobody_joins(job, tmp_path):
     two = job(2, steps=400)
     two.until_true(lambda: (two.folder / "saved").exists(), "a first save")
@@ -133,6 +140,7 @@ def test_without_the_secret_nobody_joins(job, tmp_path):
     assert "more hosts" not in [row["what"] for row in two.rows()]
 
 
+@pytest.mark.slow
 def test_a_job_that_died_whole_goes_on_by_the_same_command(job):
     two = job(2, steps=80)
     two.until_true(lambda: (two.folder / "saved").exists(), "a first save")
