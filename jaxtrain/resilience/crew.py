@@ -46,10 +46,11 @@ class Terms:
 
 
 class Crew:
-    """To be used by the main thread alone. `lost`: the host that led before, for which nobody waits."""
+    """To be used by the main thread alone. `lost`: the host that led before, for which nobody waits; `early`: the others'
+    trainers may live as long as its right to lead would have lasted, until they are here."""
 
     def __init__(
-        self, own: Host, node: Node, tenure: Tenure, changed: threading.Event, stock: Stock, terms: Terms, lost: str = ""
+        self, own: Host, node: Node, tenure: Tenure, changed: threading.Event, stock: Stock, terms: Terms, lost: str = "", early: bool = False
     ):
         self.name, self.settle_s = own.name, 2 * GONE_S
         self._own, self._node, self._tenure, self._stock, self._terms = own, node, tenure, stock, terms
@@ -58,7 +59,7 @@ class Crew:
         self._remotes = Remotes(node, tenure, changed)
         self._members: list[str] = []
         self._plan: Plan | None = None
-        self._absent, self._patience = lost, tenure.lease if lost else JOIN_S
+        self._absent, self._patience, self._early = lost, tenure.lease if lost else JOIN_S, early
         self._aside: set[str] = set()
         self._signalled, self._looked = False, 0.0
         self._grow_from: tuple[object] | None = None  # the moment after which those who have come may train
@@ -89,8 +90,9 @@ class Crew:
             self._remotes.hear()
             able = self._able()
             size, waited = self._best(len(able)), clock() - began
-            patience = self._patience if first and {*self._names} - {*able, self._absent} else 0.0
-            if size == self._full or (size and waited >= patience):
+            missing = {*self._names} - {*able, self._absent}
+            patience = self._patience if first and missing and (self._early or size < self._full) else 0.0
+            if size and waited >= patience:
                 self._choose(able, size)
                 self._restock()
                 return True

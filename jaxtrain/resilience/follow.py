@@ -38,6 +38,7 @@ class Follower:
         self._instance, self._stock = secrets.token_hex(4), stock
         self._signals: list[int] = []
         self._greeted, self._served, self._reported, self._last = 0, 0, 0.0, None  # connection; term; when; what
+        self.early = False  # whether it leads before the rights of the last term are over
         self._alive = 0  # the last term that was seen before its end
         self._lost, self._silent = "", 0.0  # the last lead, and how long it was not heard
         self.left: list[Status] = []  # of the trainers that a lost lead left here
@@ -100,12 +101,13 @@ class Follower:
             return None
         if self._signals:
             return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
-        patience = TAKEN * self._tenure.lease
-        turn = patience + self._place() * TURN_S
         fresh = self._tenure.newest.number == 0 or self._tenure.newest.ended is not None
-        silent = clock() - (self._led if fresh else self._node.heard)
-        if self._tenure.still() >= turn and silent >= (self._place() * TURN_S if fresh else turn):
+        bereft = not fresh and self._tenure.bereft == self._tenure.newest.number
+        silent, still = clock() - (self._led if fresh else self._node.heard), self._tenure.still()
+        quiet, patience = (silent, 0.0) if fresh or bereft else (min(silent, still), TAKEN * self._tenure.lease)
+        if still > 0 and quiet >= patience + self._place() * TURN_S:
             self._fence()
+            self.early = bereft
             self._lost, self._silent = "" if fresh else self._tenure.newest.host, silent
             try:
                 if self._tenure.claim():
@@ -127,7 +129,8 @@ class Follower:
         if not self._served:
             return self._lost, None
         name, self._served = self._lost, 0
-        line = f"host {name}, which led, was lost: not heard for {self._silent:.1f} s, nor had its term a sign of life"
+        how = "its supervisor has ended" if self.early else "nor had its term a sign of life"
+        line = f"host {name}, which led, was lost: not heard for {self._silent:.1f} s, {how}"
         found = Verdict(what="lead lost", culprits=(), line=line, statuses=self.left)
         return name, (found, time.monotonic() - self._silent)
 

@@ -44,7 +44,7 @@ def supervise(
                 return code
             say(f"host {host.name} leads, term {tenure.mine}")
             lost, why = follower.took_over()
-            crew = Crew(host, node, tenure, changed, stock, terms, lost)
+            crew = Crew(host, node, tenure, changed, stock, terms, lost, follower.early)
             lead = Lead(crew, run_dir, changed, watch, env, why)
             try:
                 return _ended(lead.run(), node, tenure)

@@ -5,7 +5,8 @@ every few moments; others see whether it changes, by their own clocks: no two cl
   1. a lead has the right to lead for `lease` seconds from the beginning of its last write, or from when all others have
      last heard it. Neither counts that is done when the right is over, and no trainer lives longer than it (leash.py);
   2. a host takes the next term only when it has seen no life of the last, and heard nothing of its host, for 1.5 times
-     `lease`: by then the right is over for good;
+     `lease`: by then the right is over for good. Or at once when the lead's own leash says that it is dead; then it has to
+     wait for that long only where another host does not say that its trainers are dead too (crew.py);
   3. a lead that finds a newer term than its own leads no more; nor may a trainer of an older term commit anything.
 It kills nobody and starts nothing.
 """
@@ -51,6 +52,7 @@ class Tenure:
         self.mine = 0  # the term of this host, 0 while it does not lead
         self.generation = 0  # the last one of the job, as its lead says; set by the lead
         self.trouble = ""  # why the folder cannot be read or written now
+        self.bereft = 0  # the term whose host is dead for certain, and all its trainers
         self.cut = False  # whether this host does not hear the lead, which it says in the folder
         self._cried = False
         self._life, self._still, self._looked, self._count = "", 0.0, 0.0, 0
@@ -155,9 +157,15 @@ class Tenure:
             if not self.mine:
                 self.generation = int(life.split()[1]) if life and term.ended is None else 0
         self._known.set()
+        self.bereft = term.number if term.number and not self.mine and self._left_by(term) else 0
         if self.cut != self._cried:
             self._cry(term.number)
 
+
+    def _left_by(self, term: Term) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return Path(self.word(term.host)).read_text().startswith(f"{term.number}.")
+        return False
 
     def _cry(self, number: int) -> None:
         path, cut = self._folder / f"{_plain(self._host)}.cut", self.cut
