@@ -116,6 +116,8 @@ class Crew:
 
     def start(self, plan: Plan) -> bool:
         """Each host's trainers; whether all hosts had standbys."""
+        if not self._tenure.leads():
+            raise Deposed
         size, each = len(self._members), self._own.processes
         keepers = self._terms.buddies(size) if self._terms.buddies else [None] * size
         env = {**plan.env, VARIABLE: str(self._tenure.mine)}
@@ -157,7 +159,7 @@ class Crew:
 
     def trouble(self) -> Verdict | None:
         """Who is lost, or who has come. Raises Deposed."""
-        if not self._tenure.mine:
+        if not self._tenure.leads():
             raise Deposed
         self._remotes.hear()
         lost = [name for name in self._others() if self._remotes.is_lost(name)]

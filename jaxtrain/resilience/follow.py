@@ -64,7 +64,7 @@ class Follower:
                 code = self._turn()
                 if code is not None:
                     return code
-                if self._tenure.mine:
+                if self._tenure.leads():
                     return None
         finally:
             for number, handler in old.items():

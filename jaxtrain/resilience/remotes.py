@@ -117,7 +117,7 @@ class Remotes:
         A host that does not answer has none when its leash has left word, or the right is over that it last had from here.
         """
         names = [*names]
-        while self._tenure.mine:
+        while self._tenure.leads():
             self.hear()
             if all(self._is_dead(name) for name in names):
                 break
@@ -159,7 +159,7 @@ class Remotes:
 
     def pause(self, seconds: float) -> None:
         """Until something has come, or so long. Raises Deposed."""
-        if not self._tenure.mine:
+        if not self._tenure.leads():
             raise Deposed
         self._changed.wait(seconds)
         self._changed.clear()

@@ -11,7 +11,7 @@ from jaxtrain.errors import RunError
 
 HOSTS, INDEX = "JAXTRAIN_HOSTS", "JAXTRAIN_HOST_INDEX"
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
-PORTS = 4096  # the last ones, of which a Slurm job has the one of its number; as jax's own detection
+PORTS = 4096  # the last ones, which a Slurm job's hosts have from the one of its number on: nodes may be on one machine
 _GROUP = re.compile(r"[^,\[\]]+(?:\[[^\]]*\][^,\[\]]*)*")  # of a list, up to a comma that is in no brackets
 
 
@@ -74,8 +74,8 @@ def _slurm(env: Mapping[str, str]) -> Roster:
             rule="jaxtrain launch starts the trainers of its host itself",
             fix="srun --ntasks-per-node=1; jaxtrain launch --processes N for several trainers on a host",
         )
-    port = 65536 - PORTS + int(env["SLURM_JOB_ID"]) % PORTS
-    return Roster(index=int(env["SLURM_PROCID"]), addresses=tuple(f"{node}:{port}" for node in nodes))
+    ports = [65536 - PORTS + (int(env["SLURM_JOB_ID"]) + number) % PORTS for number in range(tasks)]
+    return Roster(index=int(env["SLURM_PROCID"]), addresses=tuple(f"{node}:{port}" for node, port in zip(nodes, ports)))
 
 
 def expanded(text: str) -> list[str]:

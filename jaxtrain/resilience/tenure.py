@@ -95,6 +95,10 @@ class Tenure:
         """When the right to lead ends, on `clock`."""
         return max(self._confirmed, self._acked) + self.lease if self.mine else 0.0
 
+    def leads(self) -> bool:
+        """Whether this host has the right to lead now: it may have been stopped, and not know of its end yet."""
+        return clock() < self.until()
+
     def heard_by_all(self, moment: float) -> None:
         """All other hosts have heard something that this one said at this moment or later."""
         if clock() < self.until():

@@ -23,10 +23,10 @@ def test_a_list_of_hosts_is_expanded_as_slurm_writes_it(text, names):
     assert expanded(text) == names
 
 
-def test_slurm_tells_the_hosts_and_all_come_to_the_same_port():
+def test_slurm_tells_the_hosts_and_the_job_their_ports():
     found = roster(SLURM)
     assert found.names == ("gpu-01", "gpu-02", "gpu-07", "login") and found.name == "gpu-07"
-    assert {address.rpartition(":")[2] for address in found.addresses} == {str(65536 - 4096 + 41)}
+    assert [int(address.rpartition(":")[2]) for address in found.addresses] == [65536 - 4096 + 41 + n for n in range(4)]
     assert found.reach == "gpu-07"
 
 
