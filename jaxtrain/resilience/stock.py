@@ -3,6 +3,7 @@ a new member of the crew lacks comes from whoever has it, before a generation. W
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 import threading
@@ -19,7 +20,7 @@ from jaxtrain.resilience.roster import Roster
 from jaxtrain.resilience.slots import Moment
 
 PIECE_BYTES = 16 << 20
-LOOK_S = 0.1  # between two looks for a new snapshot
+LOOK_S = 0.02  # between two looks for a new snapshot
 SEND_S = 60.0  # for one process's part to arrive
 TO_BUDDY = " copies"  # after a host's name: the line that carries them
 
@@ -97,15 +98,17 @@ class Stock:
 
     def _copy(self) -> None:
         """Brings each new snapshot to the buddy, as long as there is one."""
-        sender, done = None, None
+        sender, done, looked = None, None, None
         while not self._closed.wait(LOOK_S):
             buddy = self._buddy
             if sender and (buddy is None or buddy[0] != sender.to):
                 sender = sender.close()
             if buddy is None:
                 continue
-            moment = buddies.ready(self._folder, buddy[1])
+            now = (buddy, _headers(self._folder))
+            moment = buddies.ready(self._folder, buddy[1]) if now != looked else None
             if moment is None or moment == done:
+                looked = now
                 continue
             sender = sender or _Sender(self._roster, buddy[0], self._secret)
             parts = [Part(self._roster.name, process, *moment, 0) for process in buddy[1]]
@@ -133,6 +136,14 @@ class Stock:
             except (DamagedError, OSError) as error:
                 trouble = str(error)
             self._answer(name, {"part": message["part"], "trouble": trouble})
+
+
+def _headers(folder: Path) -> list[tuple[str, int]]:
+    """What changes when a snapshot is whole: not read, for one header may be a megabyte."""
+    try:
+        return sorted((file.name, file.stat().st_mtime_ns) for file in os.scandir(folder) if file.name.endswith(".json"))
+    except FileNotFoundError:
+        return []
 
 
 class _Sender:
