@@ -155,7 +155,7 @@ class Remotes:
     def unheard(self, names: Iterable[str]) -> bool:
         """Whether one of these is late with its sign of life: what is known of its trainers may be old."""
         peers = [self._node.hub.peer(name) for name in names]
-        return any(peer.state != HERE or peer.heard_s > 3 * self._node.pause_s for peer in peers)
+        return any(peer.state != HERE or peer.heard_s > 2 * self._node.pause_s for peer in peers)
 
     def pause(self, seconds: float) -> None:
         """Until something has come, or so long. Raises Deposed."""
