@@ -79,7 +79,7 @@ class RunConfig(Generic[M]):
 # Fields that a run folder may be continued with although they differ: they move work, they do not change the numbers'
 # definition. A mesh of another size changes the last bit of a sum; the difference is printed all the same.
 FREE_TO_CHANGE = ("name", "mesh", "rules", "checkpoint", "snapshot", "watch", "health", "log_every", "sinks", "endings")
-FREE_TO_CHANGE += ("xla", "runs_dir", "eval")
+FREE_TO_CHANGE += ("xla", "runs_dir", "eval", "accumulate")
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), flags: Iterable[str] = ()) -> RunConfig:

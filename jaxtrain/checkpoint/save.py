@@ -32,6 +32,7 @@ from jaxtrain.checkpoint.names import named
 from jaxtrain.checkpoint.policy import CheckpointConfig, expired
 from jaxtrain.checkpoint.snapshot import HostBuffers, on_cpu
 from jaxtrain.errors import CheckpointError, UserError
+from jaxtrain.resilience.tenure import still_valid
 
 _SLACK_SECONDS = 20.0  # for a background thread to report after its own deadline
 _WAIT_SECONDS = 60.0  # that the loop waits for a save under way when the next is due; then it goes on without the next
@@ -303,11 +304,14 @@ class Checkpoints:
             hashes = hashing.total([part["sums"] for part in parts])
             complaints.warn_of_unequal_copies(save.step, hashes)
             manifest.write(folder, describe.completed(save.draft, {n: copies[0] for n, copies in hashes.items()}, entries))
+            still_valid(self.directory.parent)
             if (final / files.MANIFEST).exists():
                 files.delete(final)
             folder.rename(final)
             files.sync_folder(self.directory)
             self._damaged.discard(save.step)
+        except CheckpointError:
+            raise
         except Exception as error:  # as above
             raise self._why(save, error) from error
 

@@ -13,7 +13,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.layout import check_layout
 
-HOST_VERB = "train"  # what one host runs: `jaxtrain HOST_VERB CONFIG ...`
+HOST_VERB = "launch"  # what one host runs: `jaxtrain HOST_VERB CONFIG ...`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class Job:
     """Flags that every cluster takes."""
 
     nodes: int | None = None  # hosts; must be given
+    spares: int = 0  # of these, how many wait for another to fail
     gpus_per_node: int = 8  # 0: train on CPUs
     grace_seconds: int = 120  # from SIGTERM to SIGKILL; the last checkpoint has nine tenths of it
     accept_changes: bool = False  # continue a run folder with a config that differs from its own
@@ -31,14 +32,16 @@ def checked(call: Call) -> RunConfig:
     """The call's config, if it can run on that many hosts: better now than after a day in the queue. Raises UserError."""
     job: Job = call.options
     config = call.load()
-    least = {"nodes": 1, "gpus_per_node": 0, "grace_seconds": 1}
+    least = {"nodes": 1, "gpus_per_node": 0, "grace_seconds": 1, "spares": 0}
     for name, bound in least.items():
         value, flag = getattr(job, name), f"--{name.replace('_', '-')}"
         if value is None:
             raise ConfigError(f"{flag} is missing.", rule="how many hosts the run is to have", fix=f"{flag} 2")
         if value < bound:
             raise ConfigError(f"{flag} {value} is too small.", rule=f"at least {bound}")
-    check_layout(config, job.nodes * (call.process.fake_devices or job.gpus_per_node or 1))
+    if job.spares >= job.nodes:
+        raise ConfigError(f"--spares {job.spares} leaves no host.", got=f"--nodes {job.nodes}", rule="fewer spares than nodes")
+    check_layout(config, (job.nodes - job.spares) * (call.process.fake_devices or job.gpus_per_node or 1))
     return config
 
 
@@ -46,7 +49,8 @@ def host_command(call: Call, python: Sequence[str]) -> list[str]:
     """What one host runs; the same words on all of them."""
     fake = ["--fake-devices", str(call.process.fake_devices)] if call.process.fake_devices else []
     accept = ["--accept-changes"] if call.options.accept_changes else []
-    return [*python, HOST_VERB, str(call.config), *fake, *accept, *call.overrides]
+    spares = ["--spares", str(call.options.spares)] if call.options.spares else []
+    return [*python, HOST_VERB, *spares, str(call.config), *fake, *accept, *call.overrides]
 
 
 def header(what: str, argv: Sequence[str]) -> str:

@@ -19,8 +19,8 @@ from jaxtrain.exits import AGAIN, FINAL
 from jaxtrain.launch import job
 
 HOSTS = "host"  # the JobSet's one replicated job; a pod's name is NAME-host-0-INDEX.NAME
-PORT = 8476  # of process 0; each pod has an address of its own
-RESTARTS = 100  # of all pods after one crashed; 16,000 GPUs break every three hours, 56 times a week
+PORT = 8476  # of each supervisor; each pod has an address of its own
+RESTARTS = 100  # of pods that crashed; 16,000 GPUs break every three hours, 56 times a week
 NAME_LENGTH = 40  # of the 63 of a DNS label; the job's name, two indices and a random suffix need the rest
 _INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -78,7 +78,7 @@ def _hosts(call: Call, config: RunConfig) -> dict[str, Any]:
         "completionMode": "Indexed",
         "completions": call.options.nodes,
         "parallelism": call.options.nodes,
-        "backoffLimit": 0,  # one that crashed took the others with it: the JobSet starts all of them again
+        "backoffLimit": RESTARTS,  # a host that crashed is made again by itself, and joins the others
         "podFailurePolicy": {"rules": rules},
         "template": {"spec": _pod(call, config)},
     }
@@ -111,13 +111,12 @@ def _pod(call: Call, config: RunConfig) -> dict[str, Any]:
 def _environment(call: Call, config: RunConfig) -> list[dict[str, Any]]:
     name = _name(config)
     values = {
-        "JAXTRAIN_COORDINATOR": f"{name}-{HOSTS}-0-0.{name}:{PORT}",
-        "JAXTRAIN_NUM_PROCESSES": str(call.options.nodes),
+        "JAXTRAIN_HOSTS": f"{name}-{HOSTS}-0-[0-{call.options.nodes - 1}].{name}:{PORT}",
         "JAXTRAIN_GRACE_SECONDS": str(call.options.grace_seconds),
         "JAXTRAIN_CACHE_DIR": f"{_mount(config)}/.cache",  # a pod's own disk does not outlive it
         "PYTHONUNBUFFERED": "1",
     }
-    index = {"name": "JAXTRAIN_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": _INDEX}}}
+    index = {"name": "JAXTRAIN_HOST_INDEX", "valueFrom": {"fieldRef": {"fieldPath": _INDEX}}}
     return [*({"name": key, "value": value} for key, value in values.items()), index]
 
 

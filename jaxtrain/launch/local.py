@@ -1,4 +1,5 @@
-"""`jaxtrain launch`: trains a config by supervised processes of this machine, and goes on when they fail."""
+"""`jaxtrain launch`: trains a config by supervised processes of this host, and of the job's other hosts, where the same
+command runs; goes on when they fail."""
 
 from __future__ import annotations
 
@@ -6,11 +7,18 @@ import os
 import threading
 from dataclasses import dataclass, fields
 
+from jaxtrain.checkpoint.files import steps
 from jaxtrain.command import parse as parse_trainer
 from jaxtrain.errors import ConfigError, closest
 from jaxtrain.resilience import faults
+from jaxtrain.resilience.crew import Terms
+from jaxtrain.resilience.fewer import Fits, local_gpus
 from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.lead import Lead
+from jaxtrain.resilience.policy import FOLDER, place
+from jaxtrain.resilience.roster import Roster, roster
+from jaxtrain.resilience.secret import job_secret
+from jaxtrain.resilience.supervise import supervise
 from jaxtrain.train.command import Options as TrainerOptions
 
 
@@ -20,26 +28,52 @@ class Options:
 
     processes: int = 1
     devices_per_process: int = 0  # fake CPU devices of each process; 0: what the machine has, if it is one process, else 1
+    spares: int = 0  # of the job's hosts, how many wait for another to fail
     fault: tuple[faults.Fault, ...] = ()  # injected, to see what happens: kill:process=1,step=30
 
 
 def main(argv: list[str]) -> int:
-    """jaxtrain launch [--processes N] [--devices-per-process N] [--fault FAULT]... CONFIG [flags and overrides of jaxtrain train]"""
+    """jaxtrain launch [--processes N] [--devices-per-process N] [--spares N] [--fault FAULT]... CONFIG [flags and overrides of jaxtrain train]"""
     if "-h" in argv or "--help" in argv:
         kinds = "\n".join(f"  {kind:<12}{what}" for kind, what in faults.KINDS.items())
         flags = "\n".join(f"  --{f.name.replace('_', '-')} (default: {f.default or 'none'})" for f in fields(Options))
         print(f"usage: {main.__doc__}\n\n{flags}\n\nfaults, as KIND:process=1,step=30,phase=step or KIND:seed=7:\n{kinds}")
         return 0
     options, rest = parse(argv)
-    config = parse_trainer("jaxtrain train", TrainerOptions, rest, doc=main.__doc__).load()
+    call = parse_trainer("jaxtrain train", TrainerOptions, rest, doc=main.__doc__)
+    config = call.load()
     devices = options.devices_per_process or (1 if options.processes > 1 else 0)
     fake = ["--fake-devices", str(devices)] if devices else []
     changed = threading.Event()
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"JAX_PLATFORMS": "cpu"} if devices else {})
-    host = Host(["train", rest[0], *fake, *rest[1:]], options.processes, memory_folder(config.run_dir), changed, env)
-    injected = [faults.placed(fault, options.processes, config.steps) for fault in options.fault]
-    lead = Lead(host, config.run_dir, changed, config.watch, lambda number: faults.environment(injected, number))
-    return lead.run()
+    argv = ["train", rest[0], *fake, *rest[1:]]
+    placed = [faults.placed(fault, options.processes, config.steps) for fault in options.fault]
+    injected = lambda number: faults.environment(placed, number)  # noqa: E731
+    hosts = roster()
+    if hosts is None:
+        host = Host(argv, options.processes, memory_folder(config.run_dir), changed, env)
+        return Lead(host, config.run_dir, changed, config.watch, injected).run()
+    devices = devices or call.process.fake_devices or local_gpus() or 1
+    fits = Fits(config, devices * options.processes, _trained_on(hosts, options.spares))
+    secret = job_secret(os.environ, config.run_dir)
+    memory = memory_folder(config.run_dir, hosts.name)
+    host = Host(argv, options.processes, memory, changed, env, name=hosts.name, devices=devices)
+    terms = Terms(
+        fits=fits,
+        buddies=fits.buddies if config.snapshot.buddies else None,
+        moment=lambda: steps(config.run_dir / "checkpoints")[-1:],
+        spares=options.spares,
+    )
+    snapshots = place(config.snapshot, config.name, {FOLDER: str(memory)})
+    return supervise(host, hosts, config.run_dir, secret, changed, config.watch, terms, injected, snapshots)
+
+
+def _trained_on(hosts: Roster, spares: int) -> int:
+    """Raises ConfigError."""
+    count = len(hosts.addresses)
+    if spares >= count:
+        raise ConfigError(f"--spares {spares} leaves no host.", got=f"{count} hosts", rule="fewer spares than hosts")
+    return count - spares
 
 
 def parse(argv: list[str]) -> tuple[Options, list[str]]:
@@ -57,14 +91,14 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
                 fix=closest(flag, names),
             )
         text = value if equals else words.pop(0) if words else ""
-        values[name] = (*values.get(name, ()), faults.parse(text)) if name == "fault" else _count(flag, text)
+        values[name] = (*values.get(name, ()), faults.parse(text)) if name == "fault" else _count(flag, text, name != "spares")
     if not words:
         got, fix = " ".join(argv) or "nothing", "a file such as configs/quickstart.py"
         raise ConfigError("jaxtrain launch needs a CONFIG.", got=got, rule=main.__doc__ or "", fix=fix)
     return Options(**values), words
 
 
-def _count(flag: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{flag} needs a number.", got=repr(text), rule="a whole number, at least 1")
+def _count(flag: str, text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{flag} needs a number.", got=repr(text), rule=f"a whole number, at least {int(least)}")
     return int(text)

@@ -16,7 +16,6 @@ from jaxtrain.exits import AGAIN, FINAL, Exit
 from jaxtrain.launch import job
 
 SUBMIT_S = 60.0  # for sbatch; a controller that is busy answers within its MessageTimeout, 10 s by default
-LAST_S = 60  # for the other hosts to end after the first has; before that Slurm would wait for them for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +37,8 @@ export JAXTRAIN_GRACE_SECONDS={grace}
 newest() {{ ls {checkpoints} 2>/dev/null | grep -x '[0-9]*' | sort -n | tail -n 1; }}
 before=$(newest)
 
-# A task per host. It saves after SIGTERM: no task is killed because another has left before it.
-srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait={last} --label \\
+# A supervisor per host. Where one is lost the others go on without it, and all that are left end together.
+srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --no-kill --label \\
     {command}
 code=$?
 
@@ -82,7 +81,6 @@ def script(call: Call, config: RunConfig, argv: Sequence[str]) -> str:
         directives="\n".join(f"#SBATCH --{line}" for line in directives(call.options, config)),
         command=" \\\n        ".join(shlex.join(words) for words in _lines(command)),
         grace=call.options.grace_seconds,
-        last=LAST_S,
         checkpoints=shlex.quote(str(config.run_dir.absolute() / "checkpoints")),
         again=_cases(AGAIN),
         done=int(Exit.DONE),
@@ -101,6 +99,7 @@ def directives(options: Slurm, config: RunConfig) -> list[str]:
         "mem": 0,  # all of it
         "gpus-per-node": options.gpus_per_node or _LEFT_OUT,
         "time": options.time or _LEFT_OUT,
+        "no-kill": None,  # the job outlives a node
         "requeue": None,
         "signal": f"TERM@{options.grace_seconds}",  # to the tasks, not to this script
         "chdir": Path.cwd(),

@@ -74,6 +74,11 @@ def start(folder: Path) -> None:
     _write(folder / _CONFIRMED, "-1 -1")
 
 
+def stop(folder: Path) -> None:
+    """From now on they wait for nobody."""
+    (folder / _CONFIRMED).unlink(missing_ok=True)
+
+
 def ready(folder: Path, processes: Sequence[int]) -> Moment | None:
     """The newest moment of which these processes, all of one host, have each written their part."""
     of_process = [{part.header.moment for part in slots.snapshots(folder) if part.header.process == p} for p in processes]

@@ -22,9 +22,14 @@ FACTOR = 8.0  # over the longest so far
 
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
-    """`floor`: seconds that any phase may last, and so the least time after which a hang is noticed; of some it is LEAST."""
+    """`floor`: seconds that any phase may last, and so the least time after which a hang is noticed; of some it is LEAST.
+
+    `lease`: where there are several hosts, seconds for which trainers may run without word from the lead, and a lead
+    without word from the run folder or all others. Half of it after it was last heard a host is lost.
+    """
 
     floor: float = 10.0
+    lease: float = 10.0
 
     def allowed(self, phase: str, seen: Iterable[Beat]) -> float:
         """Seconds that a trainer may be in this phase. `seen`: the pulses of the run, this generation's and older."""

@@ -18,6 +18,7 @@ KINDS = {
     "sigterm": "SIGTERM, as a cluster manager sends it",
     "exit": "the process ends by itself, with code 1 and no word",
     "hang": "Python code waits for ever",
+    "kill-supervisor": "SIGKILL of the host's supervisor; its trainers die with it",
     "abort": "native code ends the process, as XLA does when it finds itself in a wrong state",
     "oom": "memory that it asks for is refused",
     "stall-data": "the loader's thread waits for ever for its source",

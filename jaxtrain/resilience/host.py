@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO
 
 from jaxtrain.errors import RunError
-from jaxtrain.resilience import pulse
+from jaxtrain.resilience import evidence, pulse
 from jaxtrain.resilience.child import Child
-from jaxtrain.resilience.verdict import Status
+from jaxtrain.resilience.verdict import Status, Verdict
 
 FENCE_S = 10.0  # for the kernel to end a process after SIGKILL: one in uninterruptible I/O takes as long as its disk
 
@@ -40,6 +40,13 @@ class Plan:
     first: int
     count: int
     env: Mapping[str, str]
+    argv: tuple[str, ...] = ()  # more words for the trainers' command line
+    buddy: str | None = None  # the host that keeps copies of this one's snapshots
+
+
+def generation_name(plan: Plan | None) -> str:
+    """There is none like it in a run folder's whole life."""
+    return f"{plan.env.get('JAXTRAIN_TERM', '0')}.{plan.generation}" if plan else "-"
 
 
 class Host:
@@ -58,10 +65,14 @@ class Host:
         env: Mapping[str, str] = os.environ,
         trainer: Sequence[str] = TRAINER,
         service: Sequence[str] = SERVICE,
+        name: str = "",
+        devices: int = 1,
     ):
-        self.name, self._argv, self._env, self._changed = socket.gethostname(), list(argv), dict(env), changed
+        self.name, self._argv, self._env, self._changed = name or socket.gethostname(), list(argv), dict(env), changed
         self.processes, self._trainer, self._service = processes, trainer, service
         self._plan: Plan | None = None
+        self._devices = devices
+        self.generation = 0  # the last of which this host has heard
         self.folder, self._lock = folder, _held(folder)
         for old in folder.glob("*.pulse"):
             old.unlink()
@@ -69,14 +80,57 @@ class Host:
         self._standbys: list[Child] = []
         self._services: list[tuple[int, int, Child]] = []  # port, for how many trainers
 
+    # What a host is to a lead that has this one alone; crew.py is all this for several.
+    poll_s = 0.02  # between two looks at the pulses; an exit is noticed at once
+    address, settle_s = "localhost", 0.05  # `settle_s`: from the first exit to the verdict: what ended with it
+
+    def assemble(self) -> bool:
+        """There is nobody to wait for."""
+        return True
+
+    def last_generation(self) -> int:
+        return self.generation
+
+    def trouble(self) -> Verdict | None:
+        """No other host is lost, and none comes."""
+
+    def unsure(self) -> bool:
+        return False
+
+    def explained(self, found: Verdict) -> Verdict:
+        return found
+
+    def put_aside(self, processes: Sequence[int]) -> list[str]:
+        """The run has no other host."""
+        return []
+
+    def gather(self, statuses: Sequence[Status], folder: Path) -> list[Status]:
+        """Stacks of trainers into `folder`; the statuses with frames. Raises OSError."""
+        return evidence.gather(statuses, folder)
+
+    def shape(self) -> str:
+        """What trains here, in words."""
+        return f"{self.processes} processes of {self._devices} devices"
+
+    def pids(self) -> tuple[str, list[int]]:
+        """Of which generation the trainers here are, and those that live."""
+        return generation_name(self._plan), [child.pid for child in self._trainers if child.ended is None]
+
+    def running(self) -> int:
+        """The generation whose trainers are here; 0: none."""
+        return self.generation if self._trainers else 0
+
     def prepare(self, count: int) -> None:
-        """Standbys for every trainer of this host, and a service for `count`: on their way when it returns."""
+        """Standbys for every trainer of this host, and a service for `count`, if any: on their way when it returns."""
         self._standbys = [child for child in self._standbys if child.ended is None]
         while len(self._standbys) < self.processes:
             command = [*self._trainer, *self._argv[1:]]
             self._standbys.append(Child(command, self._env, "[standby] ", self._changed))
         self._services = [row for row in self._services if row[2].ended is None]
-        if all(made_for != count for _, made_for, _ in self._services):
+        for row in [row for row in self._services if row[1] != count]:
+            row[2].signal(signal.SIGKILL)
+            self._services.remove(row)
+        if count and all(made_for != count for _, made_for, _ in self._services):
             port, quiet = _free_port(), self._env | {"TF_CPP_MIN_LOG_LEVEL": "3"}
             command = [*self._service, str(port), str(count)]
             self._services.append((port, count, Child(command, quiet, "[service] ", self._changed)))
@@ -97,9 +151,10 @@ class Host:
         assert not self._trainers, "the last generation is not fenced"
         ready = sorted(self._standbys, key=lambda child: not child.ready)
         self._trainers, self._standbys, self._plan = ready[: self.processes], ready[self.processes :], plan
+        self.generation = plan.generation
         for local, child in enumerate(self._trainers):
             child.head = f"[p{plan.first + local}] "
-            child.tell(json.dumps({"env": self._place(plan, local), "argv": self._argv}))
+            child.tell(json.dumps({"env": self._place(plan, local), "argv": [*self._argv, *plan.argv]}))
         return all(child.ready for child in self._trainers)
 
     def statuses(self) -> list[Status]:
@@ -158,9 +213,12 @@ class Host:
         }
 
 
-def memory_folder(run_dir: Path) -> Path:
-    """Where a run's pulses and snapshots lie on this host: in memory where there is a tmpfs, and the same for every start."""
-    name = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16]
+def memory_folder(run_dir: Path, host: str = "") -> Path:
+    """Where a run's pulses and snapshots lie on this host: in memory where there is a tmpfs, and the same for every start.
+
+    `host`: its name where a run has several, which may be on one machine.
+    """
+    name = hashlib.sha256(f"{run_dir.absolute()}{host and f' {host}'}".encode()).hexdigest()[:16]
     memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
     return memory / f"jaxtrain-{os.getuid()}-{name}"
 

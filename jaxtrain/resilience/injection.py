@@ -190,6 +190,7 @@ _ACTS: dict[str, Callable[[Fault], None]] = {
     "sigterm": lambda fault: os.kill(os.getpid(), signal.SIGTERM),
     "exit": lambda fault: os._exit(1),
     "hang": lambda fault: time.sleep(1e9),
+    "kill-supervisor": lambda fault: os.kill(os.getppid(), signal.SIGKILL),
     "abort": lambda fault: os.abort(),
     "oom": _exhaust,
     "stall-data": lambda fault: _spoil_rows(lambda batch: time.sleep(1e9)),

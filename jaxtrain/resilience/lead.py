@@ -13,13 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import RunError
 from jaxtrain.exits import AGAIN, FINAL, Exit
-from jaxtrain.resilience import evidence, verdict, verified, vitals
+from jaxtrain.resilience import verdict, verified, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
@@ -27,14 +27,13 @@ from jaxtrain.resilience.pulse import Beat
 from jaxtrain.resilience.verdict import Status, Verdict, as_shell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-POLL_S = 0.02  # between two looks at the pulses while something is awaited; an exit is noticed at once
-CALM_S = 0.1  # while the run runs: at 0.02 s the looks took 1 % of a core
-SETTLE_S = 0.05  # between the first exit and the verdict: what ended with it
+CALM_S = 0.1  # between two looks at the pulses while the run runs: at 0.02 s the looks took 1 % of a core
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
 ASLEEP_S = 2.0  # without a look: the machine or this process stood still, and the trainers may have
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
+FILE = "incidents.jsonl"
 ATTEMPTS = 5  # generations in a row without a new step
 PAUSES_S = (0.0, 5.0, 20.0, 60.0)  # before the attempts after the first, where trainers did not get to train: a full disk may pass
 
@@ -65,14 +64,15 @@ class Incident:
             **verdict.as_json(self.verdict),
             "tier": f"{self.tier}, {self.state or 'nothing'}",
             "restored_step": self.restored,
-            "replayed_steps": None if self.restored is None else self.step - self.restored,
+            "replayed_steps": None if self.restored is None else max(0, self.step - self.restored),
             "recovery_seconds": round(last - self.began, 3),
             "seconds": parts,
         }
 
 
 class Lead:
-    """`run` returns the exit code. `env`: of a generation by its number, for faults that are injected."""
+    """`run` returns the exit code. `env`: of a generation by its number, for faults that are injected. `took_over`:
+    where another led before, why it does no more, and since when."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class Lead:
         changed: threading.Event,
         deadlines: Deadlines,
         env: Callable[[int], dict[str, str]] = lambda generation: {},
+        took_over: tuple[Verdict, float] | None = None,
     ):
         self._host, self._run_dir, self._changed, self._deadlines, self._env = host, run_dir, changed, deadlines, env
         self._generation, self._reached, self._failures, self._count = 0, 0, 0, 0
@@ -89,12 +90,20 @@ class Lead:
         self._signals: list[int] = []
         self._noticed, self._looked = 0.0, 0.0
         self._pace, self._said = vitals.Pace(), set[str]()
+        if took_over:
+            self._count = _num_rows(run_dir / FILE)
+            found, began = took_over
+            self._noticed = time.monotonic()
+            self._after(found, [], {"verdict": self._noticed, "fencing": self._noticed})
+            self._incident.began = began
 
     def run(self) -> int:
         """Until the run has ended, was stopped, or failed too often without progress."""
         old = {number: signal.signal(number, self._forward) for number in SIGNALS}
         try:
             while True:
+                if not self._host.assemble():
+                    return self._stopped()
                 service = self._form()
                 try:
                     ended = self._watch()
@@ -106,24 +115,29 @@ class Lead:
                     if self._incident:  # the run ended while it caught up
                         self._close_incident()
                     return ended
-                self._after(ended, alive, {"verdict": judged, "fencing": time.monotonic()})
-                self._pause(ended)
-                if self._signals:  # while there was no trainer to hear it; the newest checkpoint stays
-                    return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
+                found = self._host.explained(ended)
+                self._after(found, alive, {"verdict": judged, "fencing": time.monotonic()})
+                self._pause(found)
+                if self._signals:
+                    return self._stopped()
         finally:
             self._host.close()
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+    def _stopped(self) -> Exit:
+        """By a signal that came while there was no trainer to hear it; the newest checkpoint stays."""
+        return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
 
     def _form(self) -> Child:
         """Starts the next generation; the service that it hangs on."""
         count = self._host.processes
         self._host.prepare(count)
         port, service = self._host.service(count)
-        self._generation += 1
+        self._generation = self._host.last_generation() + 1
         env = self._env(self._generation)
         self._pace.restart()
-        plan = Plan(generation=self._generation, service=f"localhost:{port}", first=0, count=count, env=env)
+        plan = Plan(generation=self._generation, service=f"{self._host.address}:{port}", first=0, count=count, env=env)
         ready = self._host.start(plan)
         self._service = service
         if self._incident:
@@ -135,7 +149,7 @@ class Lead:
         prepared, said, ended_well = False, False, None
         awake = looked = time.monotonic()
         while True:
-            self._changed.wait(POLL_S if self._incident else CALM_S)
+            self._changed.wait(self._host.poll_s if self._incident else max(CALM_S, self._host.poll_s))
             self._changed.clear()
             if time.monotonic() > looked + ASLEEP_S:
                 awake = time.monotonic()
@@ -145,6 +159,8 @@ class Lead:
             if all(code == 0 for code in codes):
                 return 0
             self._noticed = time.monotonic()
+            if trouble := self._host.trouble():
+                return trouble
             if any(codes):
                 return self._exits()
             beats = [s.beat for s in statuses if s.beat and s.beat.generation == self._generation]
@@ -156,8 +172,8 @@ class Lead:
             if prepared and not said and self._host.ready():
                 _say("standbys are ready")
                 said = True
-            rested = time.monotonic() > awake + self._deadlines.floor
-            if rested and (hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats)):
+            sure = time.monotonic() > awake + self._deadlines.floor and not self._host.unsure()
+            if sure and (hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats)):
                 found = self._gathered(hang, statuses)
                 if not self._went_on(hang):
                     return found
@@ -205,18 +221,26 @@ class Lead:
 
     def _exits(self) -> int | Verdict:
         """After an exit code that is not 0: the run's own, where it was told to stop or cannot be run, or the verdict."""
-        time.sleep(SETTLE_S)
+        time.sleep(self._host.settle_s)
         statuses = self._host.statuses()
+        if trouble := self._host.trouble():
+            return trouble
         codes = {s.code for s in statuses if s.code}
         if self._signals or codes & {*FINAL, *STOPPED}:
             return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
         found = verdict.of_exits(statuses, self._service.code, self._service.ended)
-        return verdict.of_corruption(found, verified.accused(self._run_dir)) if Exit.CORRUPTED in codes else found
+        if Exit.CORRUPTED not in codes:
+            return found
+        accused = verified.accused(self._run_dir)
+        found, aside = verdict.of_corruption(found, accused), self._host.put_aside(accused)
+        if aside:
+            found = replace(found, line=f"{found.line}; {', '.join(aside)} is put aside: its devices or memory change bits")
+        return found
 
     def _last_exits(self, limit_s: float) -> int:
         end = time.monotonic() + limit_s
         while time.monotonic() < end and any(s.code is None for s in self._host.statuses()):
-            self._changed.wait(POLL_S)
+            self._changed.wait(self._host.poll_s)
             self._changed.clear()
         statuses = self._host.statuses()
         if left := [s.index for s in statuses if s.code is None]:
@@ -228,7 +252,7 @@ class Lead:
         """The same verdict with stacks behind it, which are gathered before anybody is killed."""
         folder = self._run_dir / "incidents" / f"{self._count + 1:04}"
         try:
-            with_frames = evidence.gather(statuses, folder)
+            with_frames = self._host.gather(statuses, folder)
         except OSError as error:
             _say(f"the evidence is not kept: {error}")
             return found
@@ -272,7 +296,7 @@ class Lead:
                 f"{self._failures} generations in a row made no new step.",
                 got=f"the last: {found.line}",
                 rule=f"the run reached step {self._reached} and does not get beyond it",
-                fix=f"look at what the trainers printed, and at {self._run_dir / 'incidents.jsonl'}",
+                fix=f"look at what the trainers printed, and at {self._run_dir / FILE}",
             )
 
     def _pause(self, found: Verdict) -> None:
@@ -282,7 +306,7 @@ class Lead:
             _say(f"the next attempt comes in {seconds:.0f} s")
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._signals:
-            self._changed.wait(POLL_S)
+            self._changed.wait(self._host.poll_s)
             self._changed.clear()
 
     def _close_incident(self) -> None:
@@ -290,7 +314,7 @@ class Lead:
         row = incident.row()
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            with open(self._run_dir / "incidents.jsonl", "a") as file:
+            with open(self._run_dir / FILE, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # a full disk is no reason to stop a run that goes on
             _say(f"incident {incident.number} is not recorded: {error}")
@@ -300,6 +324,13 @@ class Lead:
         self._signals.append(number)
         again = len(self._signals) > 1 and number == signal.SIGINT  # cluster managers repeat SIGTERM
         self._host.signal(signal.SIGKILL if again else number)
+
+
+def _num_rows(path: Path) -> int:
+    try:
+        return len(path.read_text().splitlines())
+    except OSError:
+        return 0
 
 
 def _unfinished(statuses: list[Status]) -> Verdict:

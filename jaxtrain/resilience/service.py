@@ -6,6 +6,7 @@ when it ends, every trainer that still holds a client of it dies.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from jaxtrain.coordination import HEARTBEAT_S
@@ -15,6 +16,8 @@ from jaxtrain.resilience.child import READY, die_with_parent
 def serve(port: int, count: int) -> None:
     """Until stdin closes: the service for `count` trainers on this port. Imports jaxlib alone, 0.2 s and 100 MB."""
     die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # cluster managers send them to all processes; trainers still save
+        signal.signal(number, signal.SIG_IGN)
     from jaxlib import _jax
 
     service = _jax.get_distributed_runtime_service(

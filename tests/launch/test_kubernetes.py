@@ -89,10 +89,10 @@ def test_there_is_a_pod_per_host_with_an_index_and_an_address(capsys):
     assert (job(made)["completionMode"], job(made)["completions"], job(made)["parallelism"]) == ("Indexed", 4, 4)
     assert made["spec"]["network"] == {"enableDNSHostnames": True, "subdomain": "my-run-1"}
     env = environment(made)
-    assert env["JAXTRAIN_COORDINATOR"] == "my-run-1-host-0-0.my-run-1:8476" and env["JAXTRAIN_NUM_PROCESSES"] == "4"
+    assert env["JAXTRAIN_HOSTS"] == "my-run-1-host-0-[0-3].my-run-1:8476"
     index = pod(made)["containers"][0]["env"][-1]
     field = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    assert index == {"name": "JAXTRAIN_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": field}}}
+    assert index == {"name": "JAXTRAIN_HOST_INDEX", "valueFrom": {"fieldRef": {"fieldPath": field}}}
 
 
 def test_a_preempted_pod_counts_for_nothing_and_what_would_fail_again_is_not_tried_again(capsys):
@@ -128,7 +128,7 @@ def test_pods_have_gpus_shared_memory_and_a_disk_for_all(capsys):
 
 def test_the_command_writes_its_runs_onto_that_disk(capsys):
     assert pod(manifest(capsys, "--steps", "5"))["containers"][0]["command"] == [
-        "jaxtrain", "train", "config.py", "--steps", "5", "--runs-dir", "/runs",
+        "jaxtrain", "launch", "config.py", "--steps", "5", "--runs-dir", "/runs",
     ]  # fmt: skip
     made = pod(manifest(capsys, "--runs-dir", "/mnt/all"))["containers"][0]
     assert made["command"][-2:] == ["--runs-dir", "/mnt/all"] and made["volumeMounts"][0]["mountPath"] == "/mnt/all"

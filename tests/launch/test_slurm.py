@@ -69,7 +69,7 @@ def test_each_host_runs_the_same_words_and_they_survive_the_shell(capsys, place)
     program(place, "srun", f"printf '%s\\n' \"$@\" > {place}/said")
     subprocess.run(["bash", "-c", script], check=True, timeout=DEADLINE_S)
     words = (place / "said").read_text().splitlines()
-    trainer = [sys.executable, "-m", "jaxtrain", "train", "config.py", "--fake-devices", "2", "--accept-changes"]
+    trainer = [sys.executable, "-m", "jaxtrain", "launch", "config.py", "--fake-devices", "2", "--accept-changes"]
     assert words[words.index(sys.executable) :] == [*trainer, "--name", "it's a 'run'"]
 
 

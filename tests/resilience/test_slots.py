@@ -39,14 +39,15 @@ for step in range(first, first + 10**9):
 def killed_after(folder, first, seconds):
     """The last step that the writer said was whole."""
     command = [sys.executable, "-c", WRITER, str(folder), str(first), str(NUM_BYTES)]
-    writer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # Not buffered: `communicate` does not see what `readline` has read beyond its line.
+    writer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, bufsize=0)
     try:
-        assert writer.stdout.readline() == "up\n"
+        assert writer.stdout.readline() == b"up\n"
         time.sleep(seconds)
     finally:
         writer.send_signal(signal.SIGKILL)
         said, _ = writer.communicate(timeout=30)
-    whole = [line for line in said.splitlines(keepends=True) if line.endswith("\n")]
+    whole = [line for line in said.splitlines(keepends=True) if line.endswith(b"\n")]
     return int(whole[-1]) if whole else first - 1
 
 

@@ -1,0 +1,221 @@
+"""A host's snapshots and its buddy's copies between supervisors: each new one goes to the buddy, beside the training; what
+a new member of the crew lacks comes from whoever has it, before a generation. Which files those are is buddies.py's."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtrain.background import Deadline
+from jaxtrain.checkpoint.manifest import DamagedError
+from jaxtrain.resilience import buddies, slots
+from jaxtrain.resilience.channel import HERE, Line
+from jaxtrain.resilience.host import Plan
+from jaxtrain.resilience.roster import Roster
+from jaxtrain.resilience.slots import Moment
+
+PIECE_BYTES = 16 << 20
+LOOK_S = 0.02  # between two looks for a new snapshot
+SEND_S = 60.0  # for one process's part to arrive
+TO_BUDDY = " copies"  # after a host's name: the line that carries them
+
+
+class Part(NamedTuple):
+    """One process's part of a snapshot: `owner`, whose trainer wrote it."""
+
+    owner: str
+    process: int
+    step: int
+    generation: int
+    of: int  # how many parts the snapshot has
+
+    @property
+    def moment(self) -> Moment:
+        return Moment(self.step, self.generation)
+
+
+class Stock:
+    """`folder`: where this host's trainers keep snapshots; None: they keep none. `answer`: sends to who sent to us."""
+
+    def __init__(
+        self, folder: Path | None, roster: Roster, secret: bytes, answer: Callable[[str, dict[str, Any]], object]
+    ):
+        self._folder, self._roster, self._secret, self._answer = folder, roster, secret, answer
+        self._came: queue.SimpleQueue[tuple[str, dict[str, Any], memoryview]] = queue.SimpleQueue()
+        self._coming: dict[tuple[str, int], list[memoryview]] = {}
+        self._buddy: tuple[str, list[int]] | None = None  # and this host's processes
+        self._closed = threading.Event()
+        for work in (self._receive, self._copy):
+            threading.Thread(target=work, name="stock", daemon=True).start()
+
+    def begin(self, plan: Plan, processes: int) -> None:
+        """Before this host's trainers start: from now on each of their snapshots goes to the plan's buddy."""
+        if self._folder is None:
+            return
+        if plan.buddy:
+            buddies.start(self._folder)
+            self._buddy = plan.buddy, list(range(plan.first, plan.first + processes))
+        else:
+            self._buddy = None
+            buddies.stop(self._folder)
+
+    def rest(self) -> None:
+        """The generation is over."""
+        self._buddy = None
+
+    def inventory(self) -> list[Part]:
+        """All that is here."""
+        if self._folder is None:
+            return []
+        found = []
+        for folder in slots.folders(self._folder):
+            owner = self._roster.name if folder == self._folder else folder.name
+            headers = [part.header for part in slots.snapshots(folder)]
+            found += [Part(owner, h.process, *h.moment, h.processes) for h in headers]
+        return found
+
+    def send(self, parts: Iterable[Part], to: str) -> bool:
+        """Whether that host has them all when it returns."""
+        with _Sender(self._roster, to, self._secret) as sender:
+            return all(self._sent(sender, part) for part in parts)
+
+    def received(self, name: str, message: dict[str, Any], payload: memoryview) -> None:
+        """By the channel's thread."""
+        self._came.put((name, message, payload))
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _sent(self, sender: _Sender, part: Part) -> bool:
+        folder = self._folder if part.owner == self._roster.name else self._folder / slots.COPIES / part.owner
+        data = buddies.parcel(folder, part.process, part.moment)
+        return data is not None and sender.send(part, data, Deadline(SEND_S))
+
+    def _copy(self) -> None:
+        """Brings each new snapshot to the buddy, as long as there is one."""
+        sender, done, looked = None, None, None
+        while not self._closed.wait(LOOK_S):
+            buddy = self._buddy
+            if sender and (buddy is None or buddy[0] != sender.to):
+                sender = sender.close()
+            if buddy is None:
+                continue
+            now = (buddy, _headers(self._folder))
+            moment = buddies.ready(self._folder, buddy[1]) if now != looked else None
+            if moment is None or moment == done:
+                looked = now
+                continue
+            sender = sender or _Sender(self._roster, buddy[0], self._secret)
+            parts = [Part(self._roster.name, process, *moment, 0) for process in buddy[1]]
+            if all(self._sent(sender, part) for part in parts) and self._buddy == buddy:
+                buddies.confirm(self._folder, moment)
+                done = moment
+        if sender:
+            sender.close()
+
+    def _receive(self) -> None:
+        while True:
+            name, message, payload = self._came.get()
+            if self._folder is None:
+                continue
+            part, key = Part(*message["part"]), (name, message["part"][1])
+            if message["number"] == 0:
+                self._coming[key] = []
+            self._coming.setdefault(key, []).append(payload)
+            if message["number"] + 1 < message["count"]:
+                continue
+            trouble = ""
+            try:
+                pieces = self._coming.pop(key)
+                buddies.receive(self._folder, part.owner, b"".join(pieces))
+            except (DamagedError, OSError) as error:
+                trouble = str(error)
+            self._answer(name, {"part": message["part"], "trouble": trouble})
+
+
+def _headers(folder: Path) -> list[tuple[str, int]]:
+    """What changes when a snapshot is whole: not read, for one header may be a megabyte."""
+    try:
+        return sorted((file.name, file.stat().st_mtime_ns) for file in os.scandir(folder) if file.name.endswith(".json"))
+    except FileNotFoundError:
+        return []
+
+
+class _Sender:
+    """A line of its own to one host's hub, for what is large."""
+
+    def __init__(self, roster: Roster, to: str, secret: bytes):
+        self.to, self._answers = to, queue.SimpleQueue()
+        address = roster.addresses[roster.names.index(to)]
+        self._line = Line(address, roster.name + TO_BUDDY, secret, lambda message, _: self._answers.put(message), log=_quiet)
+
+    def send(self, part: Part, data: list[memoryview], deadline: Deadline) -> bool:
+        """Whether it is there, whole, before the deadline."""
+        pieces = [each[at : at + PIECE_BYTES] for each in data for at in range(0, len(each), PIECE_BYTES)]
+        for number, piece in enumerate(pieces):
+            message = {"part": list(part), "number": number, "count": len(pieces)}
+            while not (self._line.lead().state == HERE and self._line.send(message, piece)):
+                if number or not deadline.left():  # what was sent before was lost with the connection
+                    if not deadline.left() or self._line.lead().state != HERE:
+                        return False
+                threading.Event().wait(0.01)
+        while deadline.left():
+            try:
+                answer = self._answers.get(timeout=0.1)
+            except queue.Empty:
+                if self._line.lead().state != HERE:
+                    return False
+                continue
+            if answer.get("part") == list(part):
+                if answer["trouble"]:
+                    print(f"[host] {self.to} has no copy of {part}: {answer['trouble']}", file=sys.stderr, flush=True)
+                return not answer["trouble"]
+        return False
+
+    def close(self) -> None:
+        self._line.close()
+
+    def __enter__(self) -> _Sender:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _quiet(line: str) -> None:
+    """That the line is not there is what `send` says."""
+
+
+def missing(members: list[str], each: int, stocks: dict[str, list[Part]]) -> list[tuple[str, Part, str]]:
+    """What has to go where, as (from, part, to), so that all members find the newest whole snapshot; pure.
+
+    `each`: processes of a host. Where as many processes wrote the snapshot as are to read it each host needs what was
+    written in its place; else all need everything, for their shards are others. Of a later generation is newer.
+    """
+    holders: dict[Part, list[str]] = {}
+    for host, parts in stocks.items():
+        for part in parts:
+            holders.setdefault(part, []).append(host)
+    of_moment: dict[Moment, dict[int, Part]] = {}
+    for part in holders:
+        if part.of:
+            of_moment.setdefault(part.moment, {})[part.process] = part
+    whole = [m for m, parts in of_moment.items() if {*parts} == {*range(next(iter(parts.values())).of)}]
+    if not whole:
+        return []
+    newest = max(whole, key=lambda moment: (moment.generation, moment.step))
+    parts, orders = of_moment[newest], []
+    same = len(parts) == len(members) * each
+    for place, member in enumerate(members):
+        has = {part.process for part in stocks.get(member, []) if part.moment == newest}
+        needs = range(place * each, (place + 1) * each) if same else sorted(parts)
+        for process in needs:
+            if process not in has:
+                source = next(host for part, hosts in holders.items() for host in hosts if part == parts[process])
+                orders.append((source, parts[process], member))
+    return orders

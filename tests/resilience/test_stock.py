@@ -1,0 +1,103 @@
+"""What hosts lack of a snapshot and how it comes to them; on how many hosts a config runs. No trainer, no jax."""
+
+import dataclasses
+import threading
+import zlib
+
+from jaxtrain.resilience import buddies, slots
+from jaxtrain.resilience.fewer import Fits
+from jaxtrain.resilience.host import Plan
+from jaxtrain.resilience.node import Node
+from jaxtrain.resilience.roster import Roster
+from jaxtrain.resilience.slots import Header, Kind, Moment, Piece, Slots
+from jaxtrain.resilience.stock import Part, Stock, missing
+from jaxtrain.resilience.tenure import Tenure
+from meshes import MeshConfig
+from tests.resilience.lines import SECRET
+from tests.resilience.supervisors import free_ports
+from tests.tiny import TINY
+
+
+def parts(owner, *processes, step=20, generation=1, of=2):
+    return [Part(owner, process, step, generation, of) for process in processes]
+
+
+def test_a_spare_is_sent_what_the_lost_host_held_and_nobody_else_anything():
+    stocks = {"a": parts("a", 0) + parts("b", 1), "c": []}
+    assert missing(["a", "c"], 1, stocks) == [("a", *parts("b", 1), "c")]
+
+
+def test_fewer_hosts_are_each_sent_all_that_they_lack():
+    a, b, c = (parts(name, number, of=3)[0] for number, name in enumerate("abc"))
+    stocks = {"a": [a, c], "b": [b, a]}
+    assert missing(["a", "b"], 1, stocks) == [("b", b, "a"), ("a", c, "b")]
+
+
+def test_only_the_newest_that_is_whole_is_sent_and_a_later_generation_is_newer():
+    newer, older = parts("b", 1, step=40), [*parts("a", 0, step=60), *parts("b", 1, step=60)]
+    later = [*parts("a", 0, step=50, generation=2), *parts("b", 1, step=50, generation=2)]
+    assert missing(["a", "c"], 1, {"a": [*newer, *older, *later]}) == [("a", later[1], "c")]
+    assert missing(["a", "c"], 1, {"a": newer}) == []
+
+
+def write(folder, process, step, data):
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = Slots(folder, process)
+    writer.begin(len(data), None)[:] = data
+    piece = Piece("x", ((0, len(data)),), 0, len(data), f"{zlib.crc32(data):08x}")
+    writer.commit(
+        Header(
+            run="r", moment=Moment(step, 1), since=0, keep=None, process=process, processes=2, data={},
+            arrays={"x": Kind("uint8", (len(data),))}, pieces=[piece],
+        )  # fmt: skip
+    )
+
+
+def test_each_new_snapshot_goes_to_the_buddy_and_from_there_to_who_needs_it(opened, tmp_path):
+    addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+    stocks, nodes = [], []
+    for index, name in enumerate("abc"):
+        roster = Roster(index=index, addresses=addresses)
+        tenure = Tenure(tmp_path, roster.name, addresses[index], 5.0, threading.Event())
+        node = Node(roster, SECRET, tenure, threading.Event(), lambda: ("-", []))
+        stock = Stock(tmp_path / name, roster, SECRET, node.hub.send)
+        node.on_payload = stock.received
+        stocks.append(stock)
+        nodes.append((node, tenure))
+    try:
+        data = bytes(range(256)) * 200_000  # in several pieces
+        stocks[0].begin(Plan(generation=1, service="", first=0, count=2, env={}, buddy=addresses[1]), 1)
+        write(tmp_path / "a", 0, 20, data)
+        assert not buddies.wait_for_copy(tmp_path / "a", Moment(20, 1), 0.0)
+        assert buddies.wait_for_copy(tmp_path / "a", Moment(20, 1), 20.0)
+        (copy,) = slots.snapshots(tmp_path / "b" / slots.COPIES / addresses[0])
+        assert bytes(copy.all_bytes[: len(data)]) == data
+        part = Part(addresses[0], 0, 20, 1, 2)
+        assert stocks[1].inventory() == [part]
+        assert stocks[1].send([part], addresses[2])
+        assert stocks[2].inventory() == [part]
+        assert not stocks[1].send([part._replace(step=40)], addresses[2])
+    finally:
+        for stock, (node, tenure) in zip(stocks, nodes):
+            stock.close()
+            tenure.close()
+            node.close()
+
+
+def test_fewer_hosts_take_more_microbatches_so_that_none_is_larger_on_a_device():
+    config = dataclasses.replace(TINY, batch=24, mesh=MeshConfig(data=-1, fsdp=1))
+    fits = Fits(config, devices_per_host=1, usual=4)
+    assert fits(4) == [] and fits(3) == ["--accumulate", "2"] and fits(2) == ["--accumulate", "2"]
+    assert fits(1) == ["--accumulate", "4"]
+    assert Fits(TINY, 1, 4)(3) is None  # 8 examples do not divide over 3
+
+
+def test_a_mesh_without_a_free_axis_runs_on_its_own_number_alone():
+    fits = Fits(dataclasses.replace(TINY, mesh=MeshConfig(data=2, fsdp=2)), devices_per_host=2, usual=2)
+    assert fits(2) == [] and fits(1) is None
+
+
+def test_buddies_hold_no_part_of_the_same_copy_where_that_can_be():
+    fits = Fits(dataclasses.replace(TINY, mesh=MeshConfig(data=2, fsdp=-1)), devices_per_host=1, usual=4)
+    assert fits.buddies(4) == [2, 3, 0, 1]
+    assert Fits(TINY, 1, 1).buddies(1) == [None]
