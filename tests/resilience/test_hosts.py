@@ -123,7 +123,7 @@ def test_a_host_that_changes_bits_is_put_aside(job, tmp_path):
     assert set(three.end().values()) == {0}
     (row,) = three.rows()
     bad = next(i for i in range(3) if "[p1] generation 1" in three.said(i))
-    assert row["what"] == "exit code 76" and f"{three.addresses[bad]} is put aside" in row["line"]
+    assert row["what"] == "corruption" and f"{three.addresses[bad]} is put aside" in row["line"]
     assert "generation 2" not in three.said(bad) and three.said().count("] generation 2") == 2
 
 
