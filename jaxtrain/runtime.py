@@ -283,9 +283,25 @@ def _share_compiled_programs() -> None:
     from jax._src import cache_key
 
     hashed = getattr(cache_key, "_hash_serialized_compile_options", None)
-    if hashed and hasattr(cache_key, "_hash_devices") and not on_gpu():
-        cache_key._hash_accelerator_config = cache_key._hash_devices
-        cache_key._hash_serialized_compile_options = lambda made, options, **_: hashed(made, options, True)
+    topology = getattr(cache_key, "_hash_accelerator_config", None)
+    if not (hashed and topology) or on_gpu():
+        return
+
+    def kinds(made: Any, devices: Any) -> None:
+        if any(device.platform != "cpu" for device in devices.flat):
+            return topology(made, devices)
+        return made.update(f"{devices.size} {_instructions()}".encode())
+
+    cache_key._hash_accelerator_config = kinds
+    cache_key._hash_serialized_compile_options = lambda made, options, **_: hashed(made, options, True)
+
+
+def _instructions() -> str:
+    """What this machine's CPUs can do: a program that was compiled for others may not run on them."""
+    with contextlib.suppress(OSError):
+        found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features", "model name"))]
+        return " ".join(dict.fromkeys(found))
+    return platform.processor()
 
 
 def _join(me: Member, deadline_s: float) -> None:

@@ -269,7 +269,7 @@ class Checkpoints:
                 save.key, lambda: self._write_part(save, arrays), lambda parts: self._commit(save, parts), save.deadline
             )
         except UserError:
-            if peers.is_lead():
+            if peers.is_lead() and self._may_write():  # else it may be that of the generation after this one
                 shutil.rmtree(self._saving(save.step), ignore_errors=True)
             raise
         finally:
@@ -279,6 +279,7 @@ class Checkpoints:
         """This process's shards; returns the entries of its files and its share of the content hashes."""
         folder = self._saving(save.step) / describe.ARRAYS
         try:
+            still_valid(self.directory.parent)
             if peers.is_lead():
                 self._expire(save.step)
                 self._check_space(save)
@@ -290,6 +291,8 @@ class Checkpoints:
             storage.end_write(writes, save.deadline)
             written = files.checksums(folder.parent, storage.written_by(folder, jax.process_index()))
             return {"files": written, "sums": save.hashing.sums()}
+        except CheckpointError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise ValueError and bare Exception too
             raise self._why(save, error) from error
 
@@ -314,6 +317,13 @@ class Checkpoints:
             raise
         except Exception as error:  # as above
             raise self._why(save, error) from error
+
+    def _may_write(self) -> bool:
+        try:
+            within(self._deadline(), lambda: still_valid(self.directory.parent))
+        except (CheckpointError, OSError):
+            return False
+        return True
 
     def _expire(self, saving: int | None = None) -> None:
         """Before the next save's first byte, not after the last one's: the kernel writes again to the memory that held

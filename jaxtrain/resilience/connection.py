@@ -88,7 +88,7 @@ class Loop:
         self.buffer = memoryview(bytearray(BUFFER_BYTES))
         self._selector = selectors.DefaultSelector()
         self._asked: deque[Callable[[], None]] = deque()
-        self._lock, self._rung, self._open = threading.Lock(), False, True
+        self._lock, self._rung, self._open = threading.RLock(), False, True  # as the outbox's
         self._ear, self._bell = socket.socketpair()
         for end in (self._ear, self._bell):
             end.setblocking(False)

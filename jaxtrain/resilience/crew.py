@@ -5,8 +5,8 @@ Trainers are numbered host by host. Nothing new starts before the trainers of a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -95,7 +95,7 @@ class Crew:
             if size and waited >= patience:
                 self._choose(able, size)
                 self._restock()
-                return True
+                return not self._signalled
             if waited > RETURN_S:
                 raise self._too_few(able)
             self._say_once(f"waiting for hosts: {len(able)} of {self._full} are here")
@@ -174,11 +174,16 @@ class Crew:
         silent = self._remotes.silent(self._others())
         if found.what != "host lost" or not silent:
             return found
-        cut = [name for name in silent if self._tenure.cries(name)]
+        cut = [name for name in silent if self._cries(name)]
         dead = [name for name in silent if name not in cut]
         lines = [f"the network to {', '.join(cut)} is cut: its supervisor still writes to the run folder"] * bool(cut)
         lines += [f"{', '.join(dead)} is dead or stopped, or cut off from the run folder too"] * bool(dead)
         return dataclasses.replace(found, line="; ".join([found.line, *lines]))
+
+    def _cries(self, name: str) -> bool:
+        with contextlib.suppress(OSError):  # the folder does not answer: nothing is known
+            return self._tenure.cries(name)
+        return False
 
     def signal(self, number: int) -> None:
         """To all trainers."""

@@ -37,6 +37,7 @@ class Follower:
         self._host, self._node, self._tenure, self._changed = host, node, tenure, changed
         self._instance, self._stock = secrets.token_hex(4), stock
         self._signals: list[int] = []
+        self._passed: set[int] = set()  # signals that this generation's trainers have
         self._greeted, self._served, self._reported, self._last = 0, 0, 0.0, None  # connection; term; when; what
         self.early = False  # whether it leads before the rights of the last term are over
         self._alive = 0  # the last term that was seen before its end
@@ -48,7 +49,7 @@ class Follower:
             "know": self._know,
             "start": self._start,
             "fence": lambda order: {"alive": self._fence()},
-            "signal": lambda order: self._host.signal(order["number"]),
+            "signal": lambda order: self._pass_on(order["number"]),
             "gather": self._gather,
             "inventory": lambda order: {"parts": self._stock.inventory()},
             "send": lambda order: {"sent": all([self._stock.send(_parts(rows), to) for to, rows in order["lots"].items()])},
@@ -99,7 +100,7 @@ class Follower:
         if here:
             self._led = clock()
             return None
-        if self._signals:
+        if self._signals and clock() >= self._node.until():  # the trainers save as long as they may
             return Exit.INTERRUPTED if signal.SIGINT in self._signals else Exit.UNSAVED
         fresh = self._tenure.newest.number == 0 or self._tenure.newest.ended is not None
         bereft = not fresh and self._tenure.bereft == self._tenure.newest.number
@@ -161,6 +162,7 @@ class Follower:
         if plan.generation == self._host.generation:
             return  # it was sent again, for a line that broke
         self._fence()
+        self._passed.clear()
         self._host.prepare(0)
         self._stock.begin(plan, self._host.processes)
         self._host.start(plan)
@@ -193,7 +195,13 @@ class Follower:
     def _forward(self, number: int, frame: object) -> None:
         self._signals.append(number)
         again = len(self._signals) > 1 and number == signal.SIGINT
-        self._host.signal(signal.SIGKILL if again else number)
+        self._host.signal(signal.SIGKILL) if again else self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        """Once to each generation: the lead may order what this host has heard itself, and a second Ctrl-C means another thing."""
+        if number not in self._passed:
+            self._passed.add(number)
+            self._host.signal(number)
 
 
 def _parts(rows: list[list[Any]]) -> list[Part]:

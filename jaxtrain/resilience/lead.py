@@ -84,14 +84,14 @@ class Lead:
         took_over: tuple[Verdict, float] | None = None,
     ):
         self._host, self._run_dir, self._changed, self._deadlines, self._env = host, run_dir, changed, deadlines, env
-        self._generation, self._reached, self._failures, self._count = 0, 0, 0, 0
+        self._generation, self._reached, self._failures = 0, 0, 0
+        self._count = _num_rows(run_dir / FILE)  # of incidents of this run folder
         self._seen: list[Beat] = []  # of older generations, to learn from
         self._incident: Incident | None = None
         self._signals: list[int] = []
         self._noticed, self._looked = 0.0, 0.0
         self._pace, self._said = vitals.Pace(), set[str]()
         if took_over:
-            self._count = _num_rows(run_dir / FILE)
             found, began = took_over
             self._noticed = time.monotonic()
             self._after(found, [], {"verdict": self._noticed, "fencing": self._noticed})
@@ -106,6 +106,8 @@ class Lead:
                     return self._stopped()
                 service = self._form()
                 try:
+                    if self._signals:  # it came while there was no trainer to hear it
+                        self._host.signal(self._signals[-1])
                     ended = self._watch()
                 finally:
                     judged = time.monotonic()
@@ -138,7 +140,11 @@ class Lead:
         env = self._env(self._generation)
         self._pace.restart()
         plan = Plan(generation=self._generation, service=f"{self._host.address}:{port}", first=0, count=count, env=env)
-        ready = self._host.start(plan)
+        try:
+            ready = self._host.start(plan)
+        except BaseException:
+            service.kill(1.0)
+            raise
         self._service = service
         if self._incident:
             self._incident.tier = "standbys" if ready else "new processes"

@@ -36,10 +36,11 @@ class Leash:
         line = " ".join(map(str, [until, of, *pids])).encode() + b"\n"
         for _ in range(2):
             try:
-                assert self._process and os.write(self._process.stdin.fileno(), line) == len(line)
-                return
-            except (AssertionError, OSError):  # it is dead, or stopped and its pipe is full
-                self._start()
+                if self._process and os.write(self._process.stdin.fileno(), line) == len(line):
+                    return
+            except OSError:
+                pass
+            self._start()  # it is dead, or stopped and its pipe is full
 
     def close(self) -> None:
         """Lets all go."""

@@ -38,6 +38,7 @@ class Node:
         self.following: Term = Term()
         self.heard = clock()  # when the lead last answered
         self.promised: dict[str, float] = {}  # by host, until when its trainers may live by what was answered
+        self.withheld: set[str] = set()  # hosts that were told to fence: until they have, their right is not made longer
         self._until, self._echo = 0.0, 0.0
         self._echoes = dict.fromkeys((name for name in roster.names if name != roster.name), -1e9)
         self._line: Line | None = None
@@ -53,10 +54,11 @@ class Node:
 
     def follow(self, term: Term) -> None:
         """From now on the lead is that term's host; nobody, where it is this host or there is none."""
-        old, self._line, self._until = self._line, None, 0.0
+        old, self._line = self._line, None
         self.following = term
         if old:
             old.close()
+        self._until = 0.0
         while not self.orders.empty():
             self.orders.get()
         self.heard, self._echo = clock(), 0.0
@@ -105,12 +107,15 @@ class Node:
         if message.get("term") != self._tenure.mine or name not in self._echoes:
             return None
         if "ping" in message:
-            self._echoes[name] = max(self._echoes[name], float(message["echo"]))
+            if message["echo"] <= clock():  # this host's own time, as it was told
+                self._echoes[name] = max(self._echoes[name], float(message["echo"]))
             self._tenure.heard_by_all(min(self._echoes.values()))
             now, until = clock(), self._tenure.until()
-            if until > now:
+            left = 0.0 if name in self.withheld else until - now
+            if left > 0:
                 self.promised[name] = until
-                self.hub.send(name, {"pong": message["ping"], "left": until - now, "now": now, "term": message["term"]})
+            if until > now:
+                self.hub.send(name, {"pong": message["ping"], "left": left, "now": now, "term": message["term"]})
             return None
         self.inbox.put((name, message))
         if message.get("news", True):

@@ -49,6 +49,7 @@ class Remotes:
     def __init__(self, node: Node, tenure: Tenure, changed: threading.Event):
         self._node, self._tenure, self._changed = node, tenure, changed
         self._all: dict[str, Remote] = {}
+        node.withheld.clear()
         self._numbers = itertools.count(1)
         self._plan: Plan | None = None
         self._training: list[str] = []
@@ -74,6 +75,7 @@ class Remotes:
                     remote.statuses = unpacked(message["report"])
             elif remote.asked and message.get("done") == remote.asked["id"]:
                 remote.asked, remote.done = {}, message
+                self._node.withheld.discard(name)
 
     def here(self) -> list[str]:
         """In the order of the roster."""
@@ -117,6 +119,7 @@ class Remotes:
         A host that does not answer has none when its leash has left word, or the right is over that it last had from here.
         """
         names = [*names]
+        self._node.withheld |= {name for name in names if self._all[name].asked}
         while self._tenure.leads():
             self.hear()
             if all(self._is_dead(name) for name in names):
@@ -168,10 +171,11 @@ class Remotes:
         """A host is newly connected: for the first time, again, or as another process."""
         if hello["instance"] != remote.instance:
             remote.asked, remote.ready, remote.reborn = {}, False, True
+            self._node.withheld.discard(name)
             say(f"host {name} has joined")
         elif remote.asked:
             self._node.order(name, remote.asked)  # it may have been lost with the old connection
-        elif name in self._training and remote.generation < self._plan.generation:
+        if not remote.reborn and name in self._training and remote.generation < self._plan.generation:
             self._node.order(name, remote.part)
         remote.instance, remote.shape = hello["instance"], hello["shape"]
         self._node.order(name, {"order": "prepare"})

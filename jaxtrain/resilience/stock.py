@@ -98,25 +98,34 @@ class Stock:
 
     def _copy(self) -> None:
         """Brings each new snapshot to the buddy, as long as there is one."""
-        sender, done, looked = None, None, None
+        sender, done, looked, said = None, None, None, ""
         while not self._closed.wait(LOOK_S):
             buddy = self._buddy
             if sender and (buddy is None or buddy[0] != sender.to):
                 sender = sender.close()
             if buddy is None:
                 continue
-            now = (buddy, _headers(self._folder))
-            moment = buddies.ready(self._folder, buddy[1]) if now != looked else None
-            if moment is None or moment == done:
-                looked = now
-                continue
-            sender = sender or _Sender(self._roster, buddy[0], self._secret)
-            parts = [Part(self._roster.name, process, *moment, 0) for process in buddy[1]]
-            if all(self._sent(sender, part) for part in parts) and self._buddy == buddy:
-                buddies.confirm(self._folder, moment)
-                done = moment
+            try:
+                sender, done, looked = self._copied(buddy, sender, done, looked)
+            except OSError as error:  # it is tried again; meanwhile trainers go on with their own copies
+                if str(error) != said:
+                    print(f"[host] a snapshot is not copied: {error}", file=sys.stderr, flush=True)
+                said = str(error)
         if sender:
             sender.close()
+
+    def _copied(self, buddy: Any, sender: Any, done: Any, looked: Any) -> tuple[Any, Any, Any]:
+        """A new snapshot, if there is one, to the buddy -> the sender, what was copied last, what was seen."""
+        now = (buddy, _headers(self._folder))
+        moment = buddies.ready(self._folder, buddy[1]) if now != looked else None
+        if moment is None or moment == done:
+            return sender, done, now
+        sender = sender or _Sender(self._roster, buddy[0], self._secret)
+        parts = [Part(self._roster.name, process, *moment, 0) for process in buddy[1]]
+        if all(self._sent(sender, part) for part in parts) and self._buddy == buddy:
+            buddies.confirm(self._folder, moment)
+            done = moment
+        return sender, done, looked
 
     def _receive(self) -> None:
         while True:

@@ -73,7 +73,10 @@ class Tenure:
         def take() -> bool:
             self._folder.mkdir(parents=True, exist_ok=True)
             mine = self._folder / f".{number}.{_plain(self._host)}.{os.getpid()}"
-            mine.write_text(json.dumps({"host": self._host, "address": self._address}))
+            with open(mine, "w") as file:
+                json.dump({"host": self._host, "address": self._address}, file)
+                file.flush()
+                os.fsync(file.fileno())  # a term that is there can be read, whatever happens to this machine
             try:
                 _write_life(self._folder / f"{number}.life", f"0 {self.generation}")
                 os.link(mine, self._folder / str(number))
@@ -136,7 +139,7 @@ class Tenure:
             try:
                 self._look()
                 self.trouble = ""
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, LookupError, TypeError) as error:
                 self.trouble = str(error)
 
     def _look(self) -> None:

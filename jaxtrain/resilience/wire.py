@@ -173,7 +173,7 @@ class Outbox:
         self._limit, self._waiting = queue_bytes, 0
         self._messages: deque[tuple[int, Payload]] = deque()
         self._payloads: deque[Iterator[tuple[int, Payload]]] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may send while its thread does
 
     def __bool__(self) -> bool:
         return bool(self._messages or self._payloads)
