@@ -73,6 +73,8 @@ class Decoder(nnx.Module):
     def through(self, stack: int, weights: dict[str, jax.Array], x_BRD, segments_BS, positions_BS):
         """x_BRD through the layers that `weights` holds, any number of rows of that stack -> (x_BRD, extras)."""
         cfg, kind = self.config, self.config.stacks()[stack]
+        if segments_BS is not None:  # else the partitioner takes their layout from "BR", and exchanges parts in attention
+            segments_BS = constrain(segments_BS, "BS")
         rope = rotations(positions_BS, frequencies(kind.heads.rope_dim, cfg.rope_theta, cfg.rope_scaling))
 
         def layer(x_BRD, w):

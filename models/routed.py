@@ -21,7 +21,7 @@ def routed(cfg: DecoderConfig, mix: Experts, w: dict[str, jax.Array], h_BRD, seg
 
     Tokens of segment 0 are padding: they choose no expert and count nowhere.
     """
-    live_BR = jnp.ones(h_BRD.shape[:2], bool) if segments_BS is None else segments_BS > 0
+    live_BR = jnp.ones(h_BRD.shape[:2], bool) if segments_BS is None else constrain(segments_BS > 0, "BR")
     logits_BRE = _logits(h_BRD, w["router_LDE"])
     scores_BRE = jax.nn.sigmoid(logits_BRE) if isinstance(mix.router, Sigmoid) else jax.nn.softmax(logits_BRE, axis=-1)
     chosen_BRk = constrain(choose(mix, scores_BRE, w.get("router_bias_LE")), "BR_")

@@ -15,6 +15,7 @@ from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import lowered, train_step
 from meshes.rules import Capacity
 from models import mla
+from models.attention import Chunked
 from models.family import Grouped
 from models.mla import Latent
 from models.moe import Bias, Config, Experts, Limited, Sigmoid
@@ -185,3 +186,16 @@ def test_a_state_is_born_with_the_same_bits_on_every_mesh():
     config = _config("mla moe")
     one, eight = (Blueprint(config, meshes.make(meshes.MeshConfig(expert=n), jax.devices()[:n])).init() for n in (1, 8))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(eight))
+
+
+@pytest.mark.slow
+def test_within_a_stage_nothing_permutes_but_the_sends():
+    """The layout of tokens for the router must not spread to segments, whose slices attention compares chunk by chunk: a
+    permute waits for all devices that it names, also those of stages in another branch."""
+    config = _config("moe")
+    model = dataclasses.replace(config.model, attention=Chunked(chunk=8))
+    config = dataclasses.replace(config, model=model, mesh=meshes.MeshConfig(stage=2, fsdp=2, tensor=2))
+    blueprint = Blueprint(config, mesh := meshes.make(config.mesh))
+    found = collectives(lowered(blueprint).compile().as_text(), mesh)
+    assert {x.axes for x in found if x.kind == "collective-permute"} == {("stage",)}
+    assert not [x for x in found if x.kind == "all-to-all"]
