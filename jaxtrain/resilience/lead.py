@@ -106,8 +106,6 @@ class Lead:
                     return self._stopped()
                 service = self._form()
                 try:
-                    if self._signals:  # it came while there was no trainer to hear it
-                        self._host.signal(self._signals[-1])
                     ended = self._watch()
                 finally:
                     judged = time.monotonic()
@@ -140,8 +138,11 @@ class Lead:
         env = self._env(self._generation)
         self._pace.restart()
         plan = Plan(generation=self._generation, service=f"{self._host.address}:{port}", first=0, count=count, env=env)
-        try:
+        missed = self._signals[-1:]  # it came while there was no trainer to hear it; later ones go to these, and a
+        try:  # second Ctrl-C would mean "at once"
             ready = self._host.start(plan)
+            if missed:
+                self._host.signal(missed[0])
         except BaseException:
             service.kill(1.0)
             raise
