@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from jaxtrain.checkpoint.files import steps
 from jaxtrain.command import parse as parse_trainer
 from jaxtrain.errors import ConfigError, closest
-from jaxtrain.resilience import faults
+from jaxtrain.resilience import faults, injection
 from jaxtrain.resilience.crew import Terms
 from jaxtrain.resilience.fewer import Fits, local_gpus
 from jaxtrain.resilience.host import Host, memory_folder
@@ -47,9 +47,10 @@ def main(argv: list[str]) -> int:
     changed = threading.Event()
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"JAX_PLATFORMS": "cpu"} if devices else {})
     argv = ["train", rest[0], *fake, *rest[1:]]
-    placed = [faults.placed(fault, options.processes, config.steps) for fault in options.fault]
-    injected = lambda number: faults.environment(placed, number)  # noqa: E731
     hosts = roster()
+    count = options.processes * (_trained_on(hosts, options.spares) if hosts else 1)
+    placed = [faults.placed(fault, count, config.steps) for fault in options.fault]
+    injected = lambda number: faults.environment(placed, number)  # noqa: E731
     if hosts is None:
         host = Host(argv, options.processes, memory_folder(config.run_dir), changed, env)
         return Lead(host, config.run_dir, changed, config.watch, injected).run()
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
     secret = job_secret(os.environ, config.run_dir)
     memory = memory_folder(config.run_dir, hosts.name)
     host = Host(argv, options.processes, memory, changed, env, name=hosts.name, devices=devices)
+    if placed:
+        injection.obey(placed, host.pids)
     terms = Terms(
         fits=fits,
         buddies=fits.buddies if config.snapshot.buddies else None,

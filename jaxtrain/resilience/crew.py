@@ -18,6 +18,7 @@ from jaxtrain.resilience.host import Host, Plan
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import Node
 from jaxtrain.resilience.remotes import GONE_S, Deposed, Remotes, say
+from jaxtrain.resilience.report import with_evidence
 from jaxtrain.resilience.stock import Part, Stock, missing
 from jaxtrain.resilience.tenure import VARIABLE, Tenure
 from jaxtrain.resilience.verdict import Status, Verdict
@@ -196,8 +197,8 @@ class Crew:
         asked = [name for name in self._others() if self._remotes.ask(name, {"order": "gather", "folder": str(folder)})]
         rows = {s.index: s for s in self._own.gather([s for s in statuses if s.host == self.name], folder)}
         self._remotes.wait(asked, GATHER_S)
-        frames = {int(i): text for name in asked for i, text in self._remotes[name].done.get("frames", {}).items()}
-        return [rows.get(s.index) or dataclasses.replace(s, frame=frames.get(s.index, "")) for s in statuses]
+        told = {int(i): row for name in asked for i, row in self._remotes[name].done.get("gathered", {}).items()}
+        return [rows.get(s.index) or with_evidence(s, told.get(s.index, {})) for s in statuses]
 
     def put_aside(self, processes: Sequence[int]) -> list[str]:
         """The hosts of these trainers train no more, where others can; which those are."""

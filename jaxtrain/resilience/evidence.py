@@ -1,4 +1,4 @@
-"""Stacks of trainers that hang, gathered within seconds into the run folder while they still live. It judges nobody."""
+"""Stacks and connections of trainers that hang, gathered within seconds into the run folder while they still live. It judges nobody."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxtrain.resilience.links import Link, links
 from jaxtrain.resilience.verdict import Status
 
 GATHER_S = 8.0  # for all of it
@@ -19,25 +20,32 @@ _OURS = re.compile(r"^\s+(\S+) \((.*?):(\d+)\)$")  # a frame as py-spy prints it
 
 
 def gather(statuses: Sequence[Status], folder: Path) -> list[Status]:
-    """Writes p0.txt, p1.txt, ... : state, Python and native stacks of each that lives; the statuses, with frames."""
+    """Writes p0.txt, p1.txt, ... : state, connections, Python and native stacks of each that lives;
+    the statuses, with frames and links."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + GATHER_S
     running = [status for status in statuses if status.code is None]
     plain = {s.index: _spy(s.pid, "--nonblocking") for s in running}
     texts = {index: _output(process, end) for index, process in plain.items()}
+    connected = {s.index: links(s.pid) for s in running}
     native = {s.index: _spy(s.pid, "--native") for s in running if not s.stopped}
     end = min(end, time.monotonic() + NATIVE_S)
     for status in running:
         deep = _output(native.get(status.index), end)
-        parts = [_about(status), _kernel(status.pid), texts[status.index], deep]
+        parts = [_about(status), _stuck(connected[status.index]), _kernel(status.pid), texts[status.index], deep]
         (folder / f"p{status.index}.txt").write_text("\n\n".join(filter(None, parts)) + "\n")
-    return [dataclasses.replace(s, frame=_frame(texts.get(s.index, ""))) for s in statuses]
+    told = lambda s: {"frame": _frame(texts.get(s.index, "")), "links": connected.get(s.index, ())}  # noqa: E731
+    return [dataclasses.replace(s, **told(s)) for s in statuses]
 
 
 def _about(status: Status) -> str:
     beat = status.beat
     told = f"step {beat.step}, phase {beat.phase} since {beat.age():.1f} s, sequence {beat.sequence}" if beat else "no beat"
     return f"{status.place}, pid {status.pid}: {told}{', stopped' if status.stopped else ''}"
+
+
+def _stuck(ends: Sequence[Link]) -> str:
+    return "\n".join(f"  from {end.local} to {end.remote} sent {end.resends} times again" for end in ends if end.stuck)
 
 
 def _kernel(pid: int) -> str:

@@ -27,11 +27,15 @@ KINDS = {
     "flip-bit": "a bit changes, `where`: params, opt, grads, or file (of the newest checkpoint)",
     "nan": "an example that is read next has a weight that is no number",
     "clock-jump": "the wall clock goes `seconds` ahead",
+    "cut-network": "nothing comes through to it for `seconds`, in a job of several hosts to its whole host (Linux)",
+    "delay-network": "from then on, in each step, what is sent to it comes `seconds` later (Linux)",
 }
-HANGING = ("stop", "hang", "stall-data")
+HANGING = ("stop", "hang", "stall-data", "cut-network")
 ENDING = ("kill", "exception", "exit", "abort", "oom", *HANGING)  # those that end a generation
-TOLERATED = ("slow", "stall-save", "disk-full", "clock-jump")  # those with which it goes on
+TOLERATED = ("slow", "stall-save", "disk-full", "clock-jump", "delay-network")  # those with which it goes on
 PHASES = ("data", "step", "metrics")  # through which every update goes
+OTHER_PHASES = ("restore", "compile", "evaluate", "snapshot", "save", "end")
+SECONDS = {"cut-network": 600.0, "delay-network": 0.2}  # of the others: 1
 WHERE = ("params", "opt", "grads", "file")
 
 
@@ -40,13 +44,13 @@ class Fault:
     """What goes wrong where: in `process`, when it has completed `step` updates and enters `phase`, in `generation`."""
 
     kind: str
-    process: int = 0
-    step: int = 1
-    phase: str = "step"
+    process: int | None = None  # None, here and below: left to `placed`
+    step: int | None = None
+    phase: str | None = None
     generation: int = 1
-    seconds: float = 1.0  # of slow, stall-save and clock-jump
+    seconds: float = 1.0  # of slow, stall-save, clock-jump and the network's
     where: str = "params"  # of flip-bit
-    seed: int = 0  # process, step and phase are drawn with it, where they are not given; 0: nothing is drawn
+    seed: int = 0  # what is left to `placed` is drawn with it; 0: process 0, step 1, phase step
 
 
 def parse(text: str) -> Fault:
@@ -54,8 +58,9 @@ def parse(text: str) -> Fault:
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
         raise ConfigError(f"there is no fault {kind!r}.", got=text, fix=closest(kind, KINDS))
-    kinds = {field.name: {"int": int, "float": float, "str": str}[field.type] for field in fields(Fault)}
-    values = {}
+    types = {"int": int, "float": float, "str": str}
+    kinds = {field.name: types[field.type.removesuffix(" | None")] for field in fields(Fault)}
+    values = {"seconds": SECONDS.get(kind, 1.0)}
     for pair in filter(None, rest.split(",")):
         name, _, value = pair.partition("=")
         if name not in kinds or name == "kind":
@@ -67,23 +72,27 @@ def parse(text: str) -> Fault:
             raise ConfigError(f"{name} cannot be {value!r}.", got=text, rule=rule) from None
     if (where := values.get("where", "params")) not in WHERE:
         raise ConfigError(f"no bit can be flipped in {where!r}.", got=text, fix=closest(where, WHERE))
+    if (phase := values.get("phase", "step")) not in (*PHASES, *OTHER_PHASES):
+        raise ConfigError(f"a trainer has no phase {phase!r}.", got=text, fix=closest(phase, (*PHASES, *OTHER_PHASES)))
     return Fault(kind=kind, **values)
 
 
 def as_flag(fault: Fault) -> str:
     """The text that `parse` reads."""
-    values = [f"{name}={value}" for name, value in asdict(fault).items() if name != "kind"]
+    values = [f"{name}={value}" for name, value in asdict(fault).items() if name != "kind" and value is not None]
     return f"{fault.kind}:{','.join(values)}"
 
 
 def placed(fault: Fault, processes: int, steps: int) -> Fault:
-    """With a seed: process, step and phase drawn for a run of so many, where they are still the defaults."""
-    if not fault.seed:
-        return fault
-    chance, plain = random.Random(fault.seed), Fault(kind=fault.kind)
+    """With a process, step and phase, for a run of so many processes and steps. Raises ConfigError."""
+    chance = random.Random(fault.seed)
     drawn = {"process": chance.randrange(processes), "step": chance.randrange(1, max(2, steps)), "phase": chance.choice(PHASES)}
-    free = {name: value for name, value in drawn.items() if getattr(fault, name) == getattr(plain, name)}
-    return replace(fault, seed=0, **free)
+    chosen = drawn if fault.seed else {"process": 0, "step": 1, "phase": "step"}
+    whole = replace(fault, seed=0, **{name: value for name, value in chosen.items() if getattr(fault, name) is None})
+    for name, most in (("process", processes - 1), ("step", steps)):
+        if not 0 <= getattr(whole, name) <= most:
+            raise ConfigError(f"the fault {as_flag(fault)} would never come.", rule=f"{name} is from 0 to {most}")
+    return whole
 
 
 def environment(faults: Sequence[Fault], generation: int) -> dict[str, str]:

@@ -179,7 +179,7 @@ class Follower:
         except OSError as error:
             _say(f"the evidence is not kept: {error}")
             rows = []
-        return {"frames": {str(s.index): s.frame for s in rows}}
+        return {"gathered": {str(s.index): {"frame": s.frame, "links": s.links} for s in rows}}
 
     def _report(self) -> None:
         """What has changed is told at once."""

@@ -12,12 +12,14 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxtrain.resilience import deafness
 from jaxtrain.resilience.faults import Fault
+from jaxtrain.resilience.tenure import VARIABLE
 
-LATER = ("slow",)  # those that act at every step from theirs on
+LATER = ("slow", "delay-network")  # those that act at every step from theirs on
 ROOM = 64 << 20  # bytes that oom leaves
 
 
@@ -95,6 +97,19 @@ def _jump(fault: Fault) -> None:
     now, now_ns = time.time, time.time_ns
     time.time = lambda: now() + fault.seconds
     time.time_ns = lambda: now_ns() + int(1e9 * fault.seconds)
+
+
+def _cut(fault: Fault) -> None:
+    deafness.deafen(lambda: [os.getpid()], fault.seconds)
+    if VARIABLE in os.environ:  # of several hosts: the supervisor cuts itself off, and its other trainers
+        os.kill(os.getppid(), signal.SIGUSR1)
+
+
+def obey(faults: Sequence[Fault], pids: Callable[[], tuple[str, list[int]]]) -> None:
+    """In a host's supervisor: does what a trainer asks for that is to cut the whole host off. `pids`: its trainers."""
+    for fault in [fault for fault in faults if fault.kind == "cut-network"][:1]:
+        cut = lambda *_: deafness.deafen(lambda: [os.getpid(), *pids()[1]], fault.seconds)  # noqa: E731
+        signal.signal(signal.SIGUSR1, cut)
 
 
 _flips: list[Fault] = []  # of the state that the running step gives
@@ -199,4 +214,6 @@ _ACTS: dict[str, Callable[[Fault], None]] = {
     "flip-bit": _flip,
     "nan": lambda fault: _spoil_rows(_not_a_number),
     "clock-jump": _jump,
+    "cut-network": _cut,
+    "delay-network": lambda fault: deafness.deafen(lambda: [os.getpid()], fault.seconds),
 }

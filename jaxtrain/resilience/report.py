@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from jaxtrain.resilience.links import Link
 from jaxtrain.resilience.pulse import Beat
 from jaxtrain.resilience.verdict import Status
 
@@ -31,3 +32,8 @@ def unpacked(rows: Iterable[dict[str, Any]]) -> list[Status]:
         ended = None if row["ended"] is None else now - row["ended"]
         statuses.append(Status(**row | {"beat": beat, "ended": ended}))
     return statuses
+
+
+def with_evidence(status: Status, told: dict[str, Any]) -> Status:
+    """`told`: what a host says that it has gathered; nothing where it did not answer."""
+    return dataclasses.replace(status, frame=told.get("frame", ""), links=tuple(Link(*row) for row in told.get("links", ())))

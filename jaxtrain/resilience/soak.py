@@ -21,7 +21,7 @@ from jaxtrain.resilience.faults import ENDING, HANGING, KINDS, PHASES, TOLERATED
 
 OTHERS = (*TOLERATED, "flip-bit")
 GAP = 2  # steps at least from one fault to the next
-SECONDS = {"slow": 0.02, "stall-save": 3.0, "clock-jump": 3600.0}
+SECONDS = {"slow": 0.02, "stall-save": 3.0, "clock-jump": 3600.0, "cut-network": 600.0, "delay-network": 0.05}
 COLUMNS = ("fault", "step", "detected_as", "culprit_named", "tier", "recovery_seconds", "replayed_steps")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtrain.resilience.deadlines import Deadlines
+from jaxtrain.resilience.links import Link
 from jaxtrain.resilience.pulse import Beat
 
 
@@ -23,6 +24,7 @@ class Status:
     beat: Beat | None = None
     stopped: bool = False  # by SIGSTOP or a debugger
     frame: str = ""  # where its main thread stands, once stacks were taken
+    links: tuple[Link, ...] = ()  # its connections, then too
 
     @property
     def place(self) -> str:
@@ -80,7 +82,7 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
     waiting = len(running) - len(culprits)
     who = ", ".join(s.place for s in culprits)
     one = culprits[0]
-    how = "was stopped" if one.stopped else "made no progress"
+    how = "was stopped" if one.stopped else "is cut off and made no progress" if culprits == cut_off(running) else "made no progress"
     where = f", in {one.frame}" if one.frame else ""
     line = (
         f"{who} {how} for {one.beat.age():.1f} s at step {one.beat.step} in phase {one.beat.phase}{where}"
@@ -90,11 +92,11 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
 
 
 def behind(running: Sequence[Status]) -> list[Status]:
-    """Those that the others wait for: the stopped; else who came least far, by the numbers of their beats, since all go
-    through the same phases in the same order; of equals, who stands elsewhere than most; else who has been silent
-    longest."""
-    if stopped := [s for s in running if s.stopped]:
-        return stopped
+    """Those that the others wait for: the stopped; else who is cut off; else who came least far, by the numbers of
+    their beats, since all go through the same phases in the same order; of equals, who stands elsewhere than most; else
+    who has been silent longest."""
+    if found := [s for s in running if s.stopped] or cut_off(running):
+        return found
     least = [s for s in running if s.beat.sequence == min(s.beat.sequence for s in running)]
     if len(least) < len(running):
         return least
@@ -102,6 +104,16 @@ def behind(running: Sequence[Status]) -> list[Status]:
     if frame and len(least) / 2 < many < len(least):
         return [s for s in least if s.frame != frame]
     return [min(least, key=lambda s: s.beat.since)]
+
+
+def cut_off(running: Sequence[Status]) -> list[Status]:
+    """The one that has an end in more stuck connections, by whom they lead to, than any other has; or none."""
+    owners = {link.local: s.index for s in running for link in s.links}
+    stuck = {frozenset({s.index, owners.get(link.remote, link.remote)}) for s in running for link in s.links if link.stuck}
+    many = Counter(end for pair in stuck for end in pair).most_common(2)
+    if not many or [count for _, count in many[1:]] == [many[0][1]]:
+        return []
+    return [s for s in running if s.index == many[0][0]]
 
 
 def code_in_words(code: int) -> str:

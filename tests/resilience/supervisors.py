@@ -17,7 +17,7 @@ SUPERVISOR = """
 import os, sys, threading
 from pathlib import Path
 from jaxtrain.errors import UserError
-from jaxtrain.resilience import faults
+from jaxtrain.resilience import faults, injection
 from jaxtrain.resilience.crew import Terms
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, memory_folder
@@ -26,8 +26,8 @@ from jaxtrain.resilience.secret import job_secret
 from jaxtrain.resilience.supervise import supervise
 
 folder, steps, processes, spares, sizes, lease, *given = sys.argv[1:]
-injected, run_dir, changed = [faults.parse(text) for text in given], Path(folder), threading.Event()
-sizes = [int(size) for size in sizes.split(",")]
+run_dir, changed, sizes = Path(folder), threading.Event(), [int(size) for size in sizes.split(",")]
+injected = [faults.placed(faults.parse(text), int(processes) * sizes[0], int(steps)) for text in given]
 fits = lambda hosts: ([] if hosts == sizes[0] else ["accumulated"]) if hosts in sizes else None
 fake = [sys.executable, "tests/resilience/fake_trainer.py"]
 saved = lambda: (run_dir / "saved").read_text() if (run_dir / "saved").exists() else ""
@@ -38,6 +38,7 @@ try:
     host = Host(["train", folder, steps], int(processes), memory_folder(run_dir, hosts.name), changed,
                 trainer=fake, service=service, name=hosts.name)
     watch, env = Deadlines(floor=1.5, lease=float(lease)), lambda n: faults.environment(injected, n)
+    injection.obey(injected, host.pids)
     sys.exit(supervise(host, hosts, run_dir, job_secret(os.environ, run_dir), changed, watch, terms, env))
 except UserError as error:
     print(error, file=sys.stderr)

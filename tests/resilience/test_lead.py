@@ -26,7 +26,7 @@ from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.lead import Lead
 
 folder, steps, processes, *given = sys.argv[1:]
-injected = [faults.parse(text) for text in given]
+injected = [faults.placed(faults.parse(text), int(processes), int(steps)) for text in given]
 changed = threading.Event()
 fake = [sys.executable, "tests/resilience/fake_trainer.py"]
 service = [sys.executable, "-c", "from jaxtrain.resilience.child import READY; print(READY, flush=True); input()"]

@@ -54,7 +54,7 @@ def test_a_fault_survives_being_told_on_a_command_line_and_can_be_made(kind):
 def test_a_fault_that_lasts_keeps_no_other_from_coming():
     from jaxtrain.resilience.injection import Injector
 
-    injector = Injector([Fault(kind="slow", seconds=0.0), Fault(kind="exception", step=3)])
+    injector = Injector([placed(parse(text), 1, 9) for text in ("slow:seconds=0", "exception:step=3")])
     injector("step", 2)
     with pytest.raises(RuntimeError, match="injected fault"):
         injector("step", 3)
@@ -64,9 +64,15 @@ def test_a_fault_with_a_seed_is_placed_within_the_run_and_keeps_what_was_said():
     first, second = (placed(parse(f"kill:seed={seed},phase=data"), 4, 100) for seed in (7, 8))
     assert first == placed(parse("kill:seed=7,phase=data"), 4, 100) != second
     assert first.phase == "data" and 0 <= first.process < 4 and 1 <= first.step < 100 and first.seed == 0
-    assert placed(parse("kill:step=3,seed=7"), 4, 100).step == 3 and placed(parse("kill"), 4, 100) == Fault(kind="kill")
+    assert placed(parse("kill:step=1,process=0,seed=7"), 4, 100).step == 1
+    assert placed(parse("kill"), 4, 100) == Fault(kind="kill", process=0, step=1, phase="step")
     with pytest.raises(ConfigError, match="did you mean 'params'"):
         parse("flip-bit:where=param")
+    with pytest.raises(ConfigError, match="did you mean 'metrics'"):
+        parse("kill:phase=metric")
+    for text in ("kill:process=4", "kill:step=101"):
+        with pytest.raises(ConfigError, match="would never come"):
+            placed(parse(text), 4, 100)
 
 
 LOG = "[p1] fault: disk-full at step 12, phase step\n[lead] incident 1: process 2\n"
