@@ -26,7 +26,7 @@ from jaxtrain import coordination
 from jaxtrain.cluster import Member, few, member
 from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.meeting import meet
-from jaxtrain.xla import XlaFlags, add_flags, on_gpu
+from jaxtrain.xla import XlaFlags, add_flags, add_known, on_gpu
 
 if TYPE_CHECKING:
     from jax import Device
@@ -34,11 +34,15 @@ if TYPE_CHECKING:
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PACKAGES = ("jaxtrain", "meshes", "models")
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the first's old name
+FLAGS = {
+    # jax 0.12's default aborts while it compiles a shard_map within a shard_map over an axis that comes later in the mesh.
+    "xla_enable_hlo_sharding_v3": "false",
+}
 CPU_FLAGS = {
     # After 40 s of devices of one process waiting for each other XLA would abort: on a busy machine they take longer.
-    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+    "xla_cpu_collective_call_terminate_timeout_seconds": "600",
     # LLVM's first level: a step compiles in three quarters of the time and runs as fast, its products being Eigen's.
-    "--xla_backend_optimization_level": "1",
+    "xla_backend_optimization_level": "1",
 }
 _LAST_S = 2.0  # for the other processes to say for themselves why they end
 _HEARD_S = 15.0  # for the other processes to hear a verdict before the first of them leaves
@@ -210,8 +214,8 @@ def _platform(fake_devices: int | None) -> None:
 def _xla(flags: XlaFlags) -> None:
     """XLA_FLAGS, and how much of a GPU's memory jax takes: 0.75 by itself, which idles 35 GB of an H200.
 
-    The tenth that stays is for the CUDA context, NCCL and cuBLAS; NVIDIA's pages on JAX name 0.8 to 0.9. On CPUs those
-    of CPU_FLAGS that XLA_FLAGS does not set.
+    The tenth that stays is for the CUDA context, NCCL and cuBLAS; NVIDIA's pages on JAX name 0.8 to 0.9. FLAGS, and on
+    CPUs CPU_FLAGS, are set where this XLA knows them and XLA_FLAGS does not set them.
     """
     import jax
 
@@ -219,10 +223,7 @@ def _xla(flags: XlaFlags) -> None:
     add_flags(flags, env)
     if on_gpu(env) and not any(name in env for name in MEMORY):
         env[MEMORY[0]] = "0.9"
-    theirs = env.get("XLA_FLAGS", "")
-    if not on_gpu(env):
-        ours = [f"{name}={value}" for name, value in CPU_FLAGS.items() if name not in theirs]
-        env["XLA_FLAGS"] = " ".join(filter(None, [theirs, *ours]))
+    add_known(FLAGS if on_gpu(env) else FLAGS | CPU_FLAGS, env)
     os.environ.update({name: env[name] for name in ("XLA_FLAGS", MEMORY[0]) if name in env})
 
 

@@ -14,7 +14,7 @@ import re
 import shlex
 import struct
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,16 @@ class XlaFlags:
 
 def add_flags(flags: XlaFlags, env: MutableMapping[str, str] = os.environ) -> None:
     """Writes XLA_FLAGS into `env`, before the first use of a device. Raises ConfigError for a name unknown to XLA."""
-    theirs = _text(env.get("XLA_FLAGS", ""))
-    taken = {_name(word) for word in _words(theirs)}
-    ours = [f"--{flag.lstrip('-')}" for flag in flags.gpu if _name(flag) not in taken]
-    _check(_words(theirs), "XLA_FLAGS")
+    _check(_words(_text(env.get("XLA_FLAGS", ""))), "XLA_FLAGS")
     check(flags)
-    if ours and on_gpu(env):
-        env["XLA_FLAGS"] = " ".join([*([theirs] if theirs else []), *ours])
+    if on_gpu(env):
+        _add(flags.gpu, env)
+
+
+def add_known(flags: Mapping[str, str], env: MutableMapping[str, str] = os.environ) -> None:
+    """The same of flags by name, but for those that an XLA here does not know."""
+    known = [known_flags(library) for library in libraries()]
+    _add([f"{name}={value}" for name, value in flags.items() if all(name in each for each in known)], env)
 
 
 def check(flags: XlaFlags) -> None:
@@ -71,6 +74,14 @@ def libraries() -> list[Path]:
     folders = [Path(folder) for folder in _locations("jaxlib")] + _plugins()
     found = [max(folder.glob("*.so"), key=lambda path: path.stat().st_size, default=None) for folder in folders]
     return [path for path in found if path]
+
+
+def _add(words: Iterable[str], env: MutableMapping[str, str]) -> None:
+    theirs = _text(env.get("XLA_FLAGS", ""))
+    taken = {_name(word) for word in _words(theirs)}
+    ours = [f"--{word.lstrip('-')}" for word in words if _name(word) not in taken]
+    if ours:
+        env["XLA_FLAGS"] = " ".join([*([theirs] if theirs else []), *ours])
 
 
 def _plugins() -> list[Path]:

@@ -1,6 +1,8 @@
-"""A look-up in a table whose gradient is added up where the rows are: each device its own, then one sum into stored parts.
+"""A look-up in a table whose rows may be apart: each device looks among its own rows, and one sum over them follows.
 
-Left to the partitioner, that gradient is a scatter for which, within a shard_map, it gathers all devices' activations.
+Its gradient is added up where the rows are: each device its own, then one sum into stored parts. Left to the partitioner,
+that gradient is a scatter for which, within a shard_map, it gathers all devices' activations; and on jax 0.12 it aborts
+on the look-up itself.
 """
 
 from __future__ import annotations
@@ -24,9 +26,13 @@ def look_up(table_VD: Array, ids_BS: Array) -> Array:
 
 @jax.custom_vjp
 def _look_up(table_VD, ids_BS):
-    # Within a pipeline's stage jax 0.12's partitioner aborts on a look-up in a table whose rows are apart.
-    staged = "stage" in jax.sharding.get_abstract_mesh().manual_axes
-    return constrain(constrain(table_VD, "_D" if staged else "VD")[ids_BS], "BSD")
+    rows, columns, parts, mesh = _axes()
+    names, ids = {*rows, *columns, *parts}, PartitionSpec(rows or None, columns or None)
+    local = partial(_found, parts=parts)
+    if names:
+        ins = (PartitionSpec(parts or None), ids)
+        local = jax.shard_map(local, mesh=mesh, axis_names=names, in_specs=ins, out_specs=ids, check_vma=False)
+    return constrain(local(constrain(table_VD, "VD"), ids_BS), "BSD")
 
 
 def _forward(table_VD, ids_BS):
@@ -35,10 +41,7 @@ def _forward(table_VD, ids_BS):
 
 def _backward(kept, dx_BSD):
     ids_BS, table = kept
-    layout, inside = current(), jax.sharding.get_abstract_mesh()
-    mesh = inside if inside.manual_axes else layout.mesh
-    free = {axis for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}
-    rows, columns, parts = (tuple(a for a in axes_of(layout.rules.acts, letter) if a in free) for letter in "BSV")
+    rows, columns, parts, mesh = _axes()
     height = table.shape[0] // math.prod(mesh.shape[axis] for axis in parts)
     local = partial(_added_up, shape=(height, table.shape[1]), parts=parts)
     if names := {*rows, *columns, *parts}:
@@ -48,6 +51,23 @@ def _backward(kept, dx_BSD):
 
 
 _look_up.defvjp(_forward, _backward)
+
+
+def _axes():
+    """The axes that cut B, S and V, and the mesh; what is by hand already is no axis here."""
+    layout, inside = current(), jax.sharding.get_abstract_mesh()
+    mesh = inside if inside.manual_axes else layout.mesh
+    free = {axis for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}
+    return *(tuple(a for a in axes_of(layout.rules.acts, letter) if a in free) for letter in "BSV"), mesh
+
+
+def _found(table_VD, ids_BS, parts):
+    """-> rows_BSD: one device has each row, the others add nothing."""
+    if not parts:
+        return table_VD[ids_BS]
+    place = ids_BS - lax.axis_index(parts) * table_VD.shape[0]
+    here = (place >= 0) & (place < table_VD.shape[0])
+    return lax.psum(jnp.where(here[..., None], table_VD[jnp.where(here, place, 0)], 0), parts)
 
 
 def _added_up(ids_BS, dx_BSD, shape, parts):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.errors import ConfigError
-from jaxtrain.xla import XlaFlags, add_flags, known_flags, libraries, on_gpu
+from jaxtrain.xla import XlaFlags, add_flags, add_known, known_flags, libraries, on_gpu
 
 GPU = {"JAX_PLATFORMS": "cuda"}
 SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler"
@@ -116,3 +116,9 @@ def test_jax_platforms_decides_what_the_devices_are(platforms, expected):
 def test_without_a_card_or_a_plugin_the_devices_are_no_gpus():
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         assert not on_gpu({})
+
+
+def test_flags_of_ours_are_set_where_xla_knows_them_and_the_user_does_not_set_them(monkeypatch):
+    env = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}
+    add_known({"xla_cpu_enable_fast_math": "false", "xla_dump_to": "x", "xla_of_another_version": "1"}, env)
+    assert env["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true --xla_dump_to=x"
