@@ -7,6 +7,7 @@ import os
 import threading
 from dataclasses import dataclass, fields
 
+from jaxtrain.background import Deadline, within
 from jaxtrain.checkpoint.files import steps
 from jaxtrain.command import parse as parse_trainer
 from jaxtrain.errors import ConfigError, closest
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     terms = Terms(
         fits=fits,
         buddies=fits.buddies if config.snapshot.buddies else None,
-        moment=lambda: steps(config.run_dir / "checkpoints")[-1:],
+        moment=lambda: within(Deadline(1.0), lambda: steps(config.run_dir / "checkpoints")[-1:]),
         spares=options.spares,
     )
     snapshots = place(config.snapshot, config.name, {FOLDER: str(memory)})

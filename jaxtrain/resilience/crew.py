@@ -37,7 +37,7 @@ class Terms:
 
     `fits`: what so many hosts add to the trainers' command line, or None where the config does not run on them.
     `buddies`: on so many hosts, by place, which one keeps whose snapshots. `moment` changes with every new state to go on
-    from. `spares`: hosts that do not train while all are well.
+    from; it may raise OSError. `spares`: hosts that do not train while all are well.
     """
 
     fits: Callable[[int], list[str] | None]
@@ -194,9 +194,10 @@ class Crew:
 
     def gather(self, statuses: Sequence[Status], folder: Path) -> list[Status]:
         """As Host.gather, of all hosts."""
+        end = time.monotonic() + GATHER_S
         asked = [name for name in self._others() if self._remotes.ask(name, {"order": "gather", "folder": str(folder)})]
         rows = {s.index: s for s in self._own.gather([s for s in statuses if s.host == self.name], folder)}
-        self._remotes.wait(asked, GATHER_S)
+        self._remotes.wait(asked, end - time.monotonic())
         told = {int(i): row for name in asked for i, row in self._remotes[name].done.get("gathered", {}).items()}
         return [rows.get(s.index) or with_evidence(s, told.get(s.index, {})) for s in statuses]
 
@@ -284,7 +285,10 @@ class Crew:
         if size <= len(self._members) or not all(self._remotes[name].ready for name in fresh):
             self._grow_from = None
             return None
-        moment = self._terms.moment()
+        try:
+            moment = self._terms.moment()
+        except OSError:  # the run folder does not answer now
+            return None
         self._grow_from = self._grow_from or (moment,)
         if self._grow_from == (moment,):
             return None

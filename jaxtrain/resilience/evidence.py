@@ -8,21 +8,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jaxtrain.background import Deadline, within
 from jaxtrain.resilience.links import Link, links
 from jaxtrain.resilience.verdict import Status
 
-GATHER_S = 8.0  # for all of it
+GATHER_S = 7.0  # for the stacks
+WRITE_S = 1.0  # for the files
 NATIVE_S = 2.0  # for native stacks, which take a second of CPU time each, and which no verdict needs
 _OURS = re.compile(r"^\s+(\S+) \((.*?):(\d+)\)$")  # a frame as py-spy prints it: function (file:line)
 
 
 def gather(statuses: Sequence[Status], folder: Path) -> list[Status]:
-    """Writes p0.txt, p1.txt, ... : state, connections, Python and native stacks of each that lives;
-    the statuses, with frames and links."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The statuses, with frames and links. Of each that lives pN.txt has state, connections, Python and native stacks;
+    says so where the folder does not take it."""
     end = time.monotonic() + GATHER_S
     running = [status for status in statuses if status.code is None]
     plain = {s.index: _spy(s.pid, "--nonblocking") for s in running}
@@ -30,12 +31,26 @@ def gather(statuses: Sequence[Status], folder: Path) -> list[Status]:
     connected = {s.index: links(s.pid) for s in running}
     native = {s.index: _spy(s.pid, "--native") for s in running if not s.stopped}
     end = min(end, time.monotonic() + NATIVE_S)
+    files = {}
     for status in running:
         deep = _output(native.get(status.index), end)
         parts = [_about(status), _stuck(connected[status.index]), _kernel(status.pid), texts[status.index], deep]
-        (folder / f"p{status.index}.txt").write_text("\n\n".join(filter(None, parts)) + "\n")
+        files[f"p{status.index}.txt"] = "\n\n".join(filter(None, parts)) + "\n"
+    _keep(folder, files)
     told = lambda s: {"frame": _frame(texts.get(s.index, "")), "links": connected.get(s.index, ())}  # noqa: E731
     return [dataclasses.replace(s, **told(s)) for s in statuses]
+
+
+def _keep(folder: Path, files: Mapping[str, str]) -> None:
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+    try:
+        within(Deadline(WRITE_S), write)
+    except OSError as error:
+        print(f"[host] the evidence is not kept: {error or 'the disk does not answer'}", file=sys.stderr, flush=True)
 
 
 def _about(status: Status) -> str:

@@ -174,11 +174,7 @@ class Follower:
         return self._host.fence()
 
     def _gather(self, order: dict[str, Any]) -> dict[str, Any]:
-        try:
-            rows = self._host.gather(self._host.statuses(), Path(order["folder"]))
-        except OSError as error:
-            _say(f"the evidence is not kept: {error}")
-            rows = []
+        rows = self._host.gather(self._host.statuses(), Path(order["folder"]))
         return {"gathered": {str(s.index): {"frame": s.frame, "links": s.links} for s in rows}}
 
     def _report(self) -> None:

@@ -105,7 +105,7 @@ class Host:
         return []
 
     def gather(self, statuses: Sequence[Status], folder: Path) -> list[Status]:
-        """Stacks and connections of trainers into `folder`; the statuses with them. Raises OSError."""
+        """Stacks and connections of trainers into `folder`; the statuses with them."""
         return evidence.gather(statuses, folder)
 
     def shape(self) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.background import Deadline, within
 from jaxtrain.errors import RunError
 from jaxtrain.exits import AGAIN, FINAL, Exit
 from jaxtrain.resilience import verdict, verified, vitals
@@ -31,6 +32,7 @@ CALM_S = 0.1  # between two looks at the pulses while the run runs: at 0.02 s th
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
+DISK_S = 2.0  # for the run folder to answer: who watches waits for no disk
 ASLEEP_S = 2.0  # without a look: the machine or this process stood still, and the trainers may have
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
 FILE = "incidents.jsonl"
@@ -90,7 +92,7 @@ class Lead:
         self._incident: Incident | None = None
         self._signals: list[int] = []
         self._noticed, self._looked = 0.0, 0.0
-        self._pace, self._said = vitals.Pace(), set[str]()
+        self._vitals, self._pace, self._said = vitals.Vitals(run_dir), vitals.Pace(), set[str]()
         if took_over:
             found, began = took_over
             self._noticed = time.monotonic()
@@ -221,7 +223,7 @@ class Lead:
             slow = ""
         else:
             slow = self._pace.at(now, min(beat.step for beat in beats))
-        for line in filter(None, [*vitals.complaints(self._run_dir), slow]):
+        for line in filter(None, [*self._vitals.complaints(), slow]):
             if line not in self._said:
                 self._said.add(line)
                 _say(line)
@@ -238,7 +240,11 @@ class Lead:
         found = verdict.of_exits(statuses, self._service.code, self._service.ended)
         if Exit.CORRUPTED not in codes:
             return found
-        accused = verified.accused(self._run_dir)
+        try:
+            accused = within(Deadline(DISK_S), lambda: verified.accused(self._run_dir))
+        except OSError as error:
+            _say(f"who is to blame is not known, {self._run_dir} cannot be read: {error}")
+            accused = []
         found, aside = verdict.of_corruption(found, accused), self._host.put_aside(accused)
         if aside:
             found = replace(found, line=f"{found.line}; {', '.join(aside)} is put aside: its devices or memory change bits")
@@ -258,11 +264,7 @@ class Lead:
     def _gathered(self, found: Verdict, statuses: list[Status]) -> Verdict:
         """The same verdict with stacks behind it, which are gathered before anybody is killed."""
         folder = self._run_dir / "incidents" / f"{self._count + 1:04}"
-        try:
-            with_frames = self._host.gather(statuses, folder)
-        except OSError as error:
-            _say(f"the evidence is not kept: {error}")
-            return found
+        with_frames = self._host.gather(statuses, folder)
         beats = [s.beat for s in statuses if s.beat]
         again = verdict.of_hang(with_frames, self._deadlines, self._seen + beats)
         return found if again is None else again
@@ -320,9 +322,7 @@ class Lead:
         incident, self._incident = self._incident, None
         row = incident.row()
         try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            with open(self._run_dir / FILE, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            within(Deadline(DISK_S), lambda: _append(self._run_dir / FILE, json.dumps(row) + "\n"))
         except OSError as error:  # a full disk is no reason to stop a run that goes on
             _say(f"incident {incident.number} is not recorded: {error}")
         _say(f"incident {incident.number}: over after {row['recovery_seconds']:.1f} s, {row['replayed_steps']} steps again")
@@ -335,9 +335,15 @@ class Lead:
 
 def _num_rows(path: Path) -> int:
     try:
-        return len(path.read_text().splitlines())
+        return len(within(Deadline(DISK_S), path.read_text).splitlines())
     except OSError:
         return 0
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(line)
 
 
 def _unfinished(statuses: list[Status]) -> Verdict:

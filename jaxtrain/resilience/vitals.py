@@ -6,12 +6,17 @@ import importlib
 import os
 import shutil
 import statistics
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 
+from jaxtrain.background import in_background
+
 EVERY_S = 5.0
+ANSWER_S = 10.0  # for a disk or a driver
 FREE_DISK = 0.02  # of the run folder's disk
 FREE_MEMORY = 0.05  # of the host's: below that the kernel soon kills
 APART = ("start", "restore", "compile", "evaluate", "save", "end")  # phases that are no steps
@@ -20,11 +25,30 @@ SLOWER = 1.5  # than the median of the windows so far
 WINDOWS = 64
 
 
-def complaints(run_dir: Path, memory: str = "/proc/meminfo", gpus: ModuleType | None = None) -> Iterator[str]:
-    """In words, what is close to its limit or reports an error now. `gpus`: NVML; by default pynvml, where it is installed."""
-    yield from _disk(run_dir)
-    yield from _memory(Path(memory))
-    yield from _gpus(gpus)
+class Vitals:
+    """Looks at this host's machine beside whoever asks, for a disk or a driver may never answer.
+
+    `gpus`: NVML; by default pynvml, where it is installed.
+    """
+
+    def __init__(self, run_dir: Path, memory: str = "/proc/meminfo", gpus: ModuleType | None = None):
+        self._looks: dict[str, Callable[[], Iterator[str]]] = {
+            f"the disk of {run_dir}": lambda: _disk(run_dir),
+            memory: lambda: _memory(Path(memory)),
+            "the GPUs' driver": lambda: _gpus(gpus),
+        }
+        self._asked: dict[str, tuple[float, Future[list[str]]]] = {}
+
+    def complaints(self) -> Iterator[str]:
+        """In words, what was close to its limit or reported an error when it was last looked at; looks again."""
+        for name, look in self._looks.items():
+            since, found = self._asked.get(name, (0.0, None))
+            if found and not found.done():
+                if time.monotonic() > since + ANSWER_S:
+                    yield f"{name} does not answer"
+                continue
+            yield from found.result() if found else ()
+            self._asked[name] = time.monotonic(), in_background(lambda look=look: list(look()))
 
 
 class Pace:

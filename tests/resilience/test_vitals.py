@@ -1,21 +1,43 @@
 """Complaints about disk, memory, GPUs and pace, against machines that are made up."""
 
 import shutil
+import threading
 from types import SimpleNamespace
 
 from jaxtrain.resilience import vitals
 
 
+def said(looks):
+    """What it says once all that it looks at has answered."""
+    assert list(looks.complaints()) == []
+    for _, found in looks._asked.values():
+        found.result(10)
+    return list(looks.complaints())
+
+
+def test_a_disk_that_does_not_answer_is_said_and_holds_nobody_up(tmp_path, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: answer.wait(60) and SimpleNamespace(total=100e9, free=1e9))
+    (tmp_path / "meminfo").write_text("")
+    looks = vitals.Vitals(tmp_path, str(tmp_path / "nothing"))
+    assert list(looks.complaints()) == list(looks.complaints()) == []
+    monkeypatch.setattr(vitals, "ANSWER_S", 0.0)
+    assert list(looks.complaints()) == [f"the disk of {tmp_path} does not answer"]
+    answer.set()
+    looks._asked[f"the disk of {tmp_path}"][1].result(10)
+    assert "1.0 GB left of 100 GB" in next(looks.complaints())
+
+
 def test_a_machine_that_is_well_has_no_complaint_about_memory_or_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=100e9, free=50e9))
     (tmp_path / "meminfo").write_text("MemTotal: 1000000 kB\nMemAvailable: 500000 kB\n")
-    assert list(vitals.complaints(tmp_path / "runs" / "x", str(tmp_path / "meminfo"))) == []
+    assert said(vitals.Vitals(tmp_path / "runs" / "x", str(tmp_path / "meminfo"))) == []
 
 
 def test_little_memory_and_little_disk_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=100e9, free=1e9))
     (tmp_path / "meminfo").write_text("MemTotal: 1000000 kB\nMemAvailable: 40000 kB\n")
-    disk, memory = vitals.complaints(tmp_path, str(tmp_path / "meminfo"))
+    disk, memory = said(vitals.Vitals(tmp_path, str(tmp_path / "meminfo")))
     assert "1.0 GB left of 100 GB" in disk and "of memory left" in memory
 
 
