@@ -183,6 +183,7 @@ class Checkpoints:
         self.settle()
 
         def remove() -> None:
+            still_valid(self.directory.parent)
             for later in (s for s in self.steps() if s > step):
                 files.delete(self.directory / str(later))
 

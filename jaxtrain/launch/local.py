@@ -20,6 +20,7 @@ from jaxtrain.resilience.policy import FOLDER, place
 from jaxtrain.resilience.roster import Roster, roster
 from jaxtrain.resilience.secret import job_secret
 from jaxtrain.resilience.supervise import supervise
+from jaxtrain.resilience.tenure import ended_with
 from jaxtrain.train.command import Options as TrainerOptions
 
 
@@ -55,6 +56,9 @@ def main(argv: list[str]) -> int:
     if hosts is None:
         host = Host(argv, options.processes, memory_folder(config.run_dir), changed, env)
         return Lead(host, config.run_dir, changed, config.watch, injected).run()
+    if (saved := steps(config.run_dir / "checkpoints")[-1:]) >= [config.steps] and ended_with(config.run_dir) == 0:
+        print(f"the run has ended, at step {saved[0]}: this host came late")
+        return 0
     devices = devices or call.process.fake_devices or local_gpus() or 1
     fits = Fits(config, devices * options.processes, _trained_on(hosts, options.spares))
     secret = job_secret(os.environ, config.run_dir)

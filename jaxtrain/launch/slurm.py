@@ -34,20 +34,28 @@ SCRIPT = """\
 # Slurm itself sends it, and SIGKILL follows after KillWait (scontrol show config) or the partition's GraceTime.
 export JAXTRAIN_GRACE_SECONDS={grace}
 
-newest() {{ ls {checkpoints} 2>/dev/null | grep -x '[0-9]*' | sort -n | tail -n 1; }}
-before=$(newest)
+newest() {{ ls {folder}/"$1" 2>/dev/null | grep -x '[0-9]*' | sort -n | tail -n 1; }}
+before=$(newest checkpoints)
+term=$(newest terms)
 
 # A supervisor per host. Where one is lost the others go on without it, and all that are left end together.
 srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --no-kill --label \\
     {command}
 code=$?
 
+# srun has the highest code of all hosts, that of a lost one too; the lead has left the job's own.
+last=$(newest terms)
+if [[ $last != "$term" ]]; then
+    ended=$(sed -n 's/^ended \\([0-9]*\\).*/\\1/p' {folder}/terms/"$last".life 2>/dev/null)
+    code=${{ended:-$code}}
+fi
+
 # The same job again. After scancel this script is dead by now; a host that Slurm finds gone it queues again itself.
 why=
 case $code in
     {again}) why="preempted" ;;
     {done} | {final}) ;;
-    *) [[ $(newest) == "$before" ]] || why="failed after a new checkpoint" ;;  # without one it would fail again
+    *) [[ $(newest checkpoints) == "$before" ]] || why="failed after a new checkpoint" ;;  # without one it would fail again
 esac
 if [[ $why ]]; then
     echo "$why, exit code $code: queued again"
@@ -81,7 +89,7 @@ def script(call: Call, config: RunConfig, argv: Sequence[str]) -> str:
         directives="\n".join(f"#SBATCH --{line}" for line in directives(call.options, config)),
         command=" \\\n        ".join(shlex.join(words) for words in _lines(command)),
         grace=call.options.grace_seconds,
-        checkpoints=shlex.quote(str(config.run_dir.absolute() / "checkpoints")),
+        folder=shlex.quote(str(config.run_dir.absolute())),
         again=_cases(AGAIN),
         done=int(Exit.DONE),
         final=_cases(FINAL),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,93 @@ from jaxtrain.errors import RunError
 from jaxtrain.observe.sinks import Row, Sink, Value, Writer
 
 
+ROWS = 100_000  # of one sink that may wait for a disk: some 50 MB
+
+
 class Recorder:
-    """One per run. `sinks` is empty on all processes but the lead."""
+    """One per run. `sinks` is empty on all processes but the lead. Raises RunError where a sink cannot be opened."""
 
     def __init__(self, sinks: tuple[Sink, ...], run_dir: Path, first_step: int, steps: int):
-        self._run_dir = run_dir
-        self._writers = []
+        self._run_dir, self._writers = run_dir, []
         for sink in sinks:
-            with self._telling(sink):
-                self._writers.append(sink.open(run_dir, first_step, steps))
+            try:
+                self._writers.append(_Patient(sink.open(run_dir, first_step, steps), run_dir))
+            except OSError as error:
+                raise _unwritten("cannot write metrics", run_dir, f"{error.strerror} ({type(sink).__name__})") from error
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Raises RunError where a sink cannot write: a run that records nothing is not to go on unseen."""
+        """A row that a disk does not take waits in memory, and that is said. Raises RunError where too many wait."""
         row = {"step": step} | {name: plain(value) for name, value in metrics.items()}
-        self._each("write", row)
+        for writer in self._writers:
+            writer.write(row)
 
     def flush(self) -> None:
-        self._each("flush")
+        for writer in self._writers:
+            writer.flush()
 
     def close(self) -> None:
-        self._each("close")
-
-    def _each(self, verb: str, *args: Row) -> None:
+        """Raises RunError where rows are lost."""
         for writer in self._writers:
-            with self._telling(writer):
-                getattr(writer, verb)(*args)
+            writer.close()
 
-    @contextmanager
-    def _telling(self, sink: Sink | Writer) -> Iterator[None]:
+
+class _Patient:
+    """A writer that keeps what its disk does not take, and tries again with every further row."""
+
+    def __init__(self, writer: Writer, run_dir: Path):
+        self._writer, self._run_dir = writer, run_dir
+        self._waiting: deque[Row] = deque()
+        self._why = ""
+
+    def write(self, row: Row) -> None:
+        self._waiting.append(row)
+        self._try()
+        if len(self._waiting) > ROWS:
+            raise self._lost()
+
+    def flush(self) -> None:
+        self._try(self._writer.flush)
+
+    def close(self) -> None:
+        self._try(self._writer.flush)
         try:
-            yield
+            self._writer.close()
         except OSError as error:
-            raise RunError(
-                f"cannot write metrics into {self._run_dir}.",
-                got=f"{error.strerror} ({type(sink).__name__})",
-                fix="free space or give write permission, then run the same command again",
-            ) from error
+            self._why = self._why or _reason(error)
+        if self._why:
+            raise self._lost()
+
+    def _try(self, then: Callable[[], None] = lambda: None) -> None:
+        many = len(self._waiting)
+        try:
+            while self._waiting:
+                self._writer.write(self._waiting[0])
+                self._waiting.popleft()
+            then()
+        except OSError as error:
+            if not self._why:
+                self._say(f"METRICS ARE NOT WRITTEN ({_reason(error)}): rows wait in memory")
+            self._why = _reason(error)
+            return
+        if self._why:
+            self._say(f"metrics are written again, {many} rows that waited too")
+        self._why = ""
+
+    def _say(self, line: str) -> None:
+        print(f"{type(self._writer).__name__}: {line}", file=sys.stderr, flush=True)
+
+    def _lost(self) -> RunError:
+        what = f"{len(self._waiting)} rows of metrics were not written" if self._waiting else "cannot write metrics"
+        return _unwritten(what, self._run_dir, f"{self._why} ({type(self._writer).__name__})")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _unwritten(what: str, run_dir: Path, got: str) -> RunError:
+    fix = "free space or give write permission, then run the same command again"
+    return RunError(f"{what} into {run_dir}.", got=got, fix=fix)
 
 
 def plain(value: Any) -> Value:

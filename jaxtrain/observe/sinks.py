@@ -100,8 +100,11 @@ class JsonlWriter:
 
 
 def _append(file: FileIO, data: bytes) -> None:
-    """One write: whole, or an error and torn at the end of the file, which the next run leaves out."""
-    if file.write(data) < len(data):
+    """One write: whole, or an error and nothing; torn where the process is killed in it, which the next run leaves out."""
+    end = os.fstat(file.fileno()).st_size
+    if (written := file.write(data)) < len(data):
+        if written:
+            os.ftruncate(file.fileno(), end)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

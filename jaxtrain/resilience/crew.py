@@ -138,8 +138,8 @@ class Crew:
         self._remotes.tell(spares, {"order": "know", "generation": plan.generation})
         return ready
 
-    def fence(self) -> list[int]:
-        """All trainers of this generation are dead when it returns, but for those whose numbers it returns."""
+    def fence(self) -> list[str]:
+        """All trainers of this generation are dead when it returns, but for those that it names."""
         for name in self._others():
             self._remotes.ask(name, {"order": "fence"})
         alive = self._own.fence()

@@ -168,7 +168,7 @@ class Follower:
         self._host.start(plan)
         self._reported = 0.0
 
-    def _fence(self) -> list[int]:
+    def _fence(self) -> list[str]:
         self.left = self._host.statuses() or self.left
         self._stock.rest()
         return self._host.fence()

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -79,6 +79,7 @@ class Host:
         self._trainers: list[Child] = []
         self._standbys: list[Child] = []
         self._services: list[tuple[int, int, Child]] = []  # port, for how many trainers
+        self.before_orders: Callable[[], object] = lambda: None  # when `pids` are new ones, and nothing of them runs yet
 
     # What a host is to a lead that has this one alone; crew.py is all this for several.
     poll_s = 0.02  # between two looks at the pulses; an exit is noticed at once
@@ -152,6 +153,7 @@ class Host:
         ready = sorted(self._standbys, key=lambda child: not child.ready)
         self._trainers, self._standbys, self._plan = ready[: self.processes], ready[self.processes :], plan
         self.generation = plan.generation
+        self.before_orders()
         for local, child in enumerate(self._trainers):
             child.head = f"[p{plan.first + local}] "
             child.tell(json.dumps({"env": self._place(plan, local), "argv": [*self._argv, *plan.argv]}))
@@ -178,11 +180,11 @@ class Host:
         for child in self._trainers:
             child.signal(number)
 
-    def fence(self) -> list[int]:
-        """Kills all trainers; the processes that the kernel has not ended in time."""
+    def fence(self) -> list[str]:
+        """Kills all trainers; those that the kernel has not ended in time, in words."""
         for child in self._trainers:
             child.signal(signal.SIGKILL)
-        alive = [child.pid for child in self._trainers if not child.kill(FENCE_S)]
+        alive = [f"process {child.pid} on {self.name}" for child in self._trainers if not child.kill(FENCE_S)]
         self._trainers = []
         return alive
 

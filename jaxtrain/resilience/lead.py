@@ -278,7 +278,7 @@ class Lead:
             _say(f"no incident, it went on: {hang.line}")
         return moved
 
-    def _after(self, found: Verdict, alive: list[int], times: dict[str, float]) -> None:
+    def _after(self, found: Verdict, alive: list[str], times: dict[str, float]) -> None:
         """Records the incident; raises RunError where going on makes no sense."""
         if self._incident:  # the recovery failed too
             self._close_incident()
@@ -295,7 +295,7 @@ class Lead:
         if alive:
             raise RunError(
                 "a trainer could not be killed.",
-                got=f"processes {alive} on {self._host.name} live after SIGKILL",
+                got=f"{', '.join(alive)} live after SIGKILL",
                 rule="nothing new starts while an old trainer may still write",
                 fix="a process that the kernel cannot end waits for a device or a disk: look at dmesg",
             )

@@ -25,7 +25,7 @@ def clock() -> float:
 
 
 class Leash:
-    """`hold` says again and again whom to kill when. To be used by one thread. `word`: the file."""
+    """`hold` says again and again whom to kill when. To be used by one thread at a time. `word`: the file."""
 
     def __init__(self, word: str = "") -> None:
         self._word = word
@@ -96,7 +96,8 @@ def _is_dead(pid: int) -> bool:
     """Gone, or a zombie that nobody has waited for."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "ZX"
+            ended = file.read().rpartition(")")[2].split()[0] in "ZX"
+        return ended and len(os.listdir(f"/proc/{pid}/task")) == 1  # no other thread of it runs on
     except OSError:
         return True
 

@@ -48,6 +48,7 @@ class Node:
         self._limits = Limits(beat_s=self.pause_s, silent_s=self.silent_s, hello_s=self.silent_s)
         port = roster.addresses[roster.index].rpartition(":")[2]
         self.hub = Hub(f":{port}", secret, self._received, on_change=lambda *_: changed.set(), limits=self._limits)
+        self._leash, self._holding = Leash(tenure.word(roster.name)), threading.Lock()
         self._closed = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._keeper.start()
@@ -84,6 +85,12 @@ class Node:
     def state(self, name: str) -> str:
         return self.hub.peer(name).state
 
+    def hold(self) -> None:
+        """Puts this host's trainers on the leash: what is told to them after this is on it from the beginning."""
+        with self._holding:
+            of, pids = self._pids()
+            self._leash.hold(pids, self.until(), of)
+
     def close(self) -> None:
         """Sends what is queued."""
         self._closed.set()
@@ -94,12 +101,10 @@ class Node:
 
     def _keep(self) -> None:
         """Asks for the right, and passes it on to the leash, whatever the main thread waits for."""
-        leash = Leash(self._tenure.word(self.roster.name))
         while not self._closed.wait(self.pause_s):
             self.tell({"ping": clock(), "echo": self._echo})
-            of, pids = self._pids()
-            leash.hold(pids, self.until(), of)
-        leash.close()
+            self.hold()
+        self._leash.close()
 
     def _received(self, name: str, message: Message, payload: memoryview | None) -> None:
         if payload is not None:

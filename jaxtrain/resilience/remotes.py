@@ -113,7 +113,7 @@ class Remotes:
                 return
             self.pause(0.02)
 
-    def wait_until_dead(self, names: Iterable[str]) -> list[int]:
+    def wait_until_dead(self, names: Iterable[str]) -> list[str]:
         """Until these, which were told to fence, have no trainers for certain; those that could not be killed.
 
         A host that does not answer has none when its leash has left word, or the right is over that it last had from here.
@@ -125,7 +125,7 @@ class Remotes:
             if all(self._is_dead(name) for name in names):
                 break
             self.pause(0.05)
-        return [pid for name in names for pid in self._all[name].done.get("alive", [])]
+        return [trainer for name in names for trainer in self._all[name].done.get("alive", [])]
 
     def _is_dead(self, name: str) -> bool:
         if not self._all[name].asked or clock() > self._node.promised.get(name, 0.0) + DYING_S:

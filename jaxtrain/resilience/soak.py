@@ -53,11 +53,11 @@ def main(argv: list[str]) -> int:
     faults = draw(options, config)
     command = [str(call.config), *call.overrides, "--runs-dir", config.runs_dir]
     plain, disturbed = (config.run_dir.parent / f"{config.name}-{what}" for what in ("undisturbed", "soak"))
-    codes = []
-    for folder, given in ((plain, []), (disturbed, faults)):
+    for folder in (plain, disturbed):
         if (folder / "checkpoints").exists():
             raise RunError(f"there is a run {folder.name} already.", fix=f"another --runs-dir, or remove {folder}")
-        codes.append(launch([*command, "--name", folder.name], options.processes, given, _log(folder)))
+    both = ((plain, []), (disturbed, faults))
+    codes = [launch([*command, "--name", folder.name], options.processes, given, _log(folder)) for folder, given in both]
     seen = incidents(disturbed)
     rows = table(faults, seen, _log(disturbed).read_text())
     equal = not any(codes) and digest(plain) == digest(disturbed)

@@ -35,7 +35,7 @@ def supervise(
     tenure = Tenure(run_dir, roster.name, roster.addresses[roster.index], watch.lease, changed)
     node = Node(roster, secret, tenure, changed, host.pids)
     stock = Stock(snapshots, roster, secret, node.hub.send)
-    node.on_payload = stock.received
+    node.on_payload, host.before_orders = stock.received, node.hold
     follower = Follower(host, node, tenure, changed, stock)
     try:
         while True:

@@ -56,6 +56,7 @@ class Tenure:
         self.cut = False  # whether this host does not hear the lead, which it says in the folder
         self._cried = False
         self._life, self._still, self._looked, self._count = "", 0.0, 0.0, 0
+        self._writing = threading.Lock()  # of a life: the last word of a term stays
         self._known = threading.Event()  # it was read once
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="tenure", daemon=True).start()
@@ -127,9 +128,14 @@ class Tenure:
     def end(self, code: int) -> None:
         """The job is over, or this host leads no more: the next term may begin at once."""
         number, self.mine = self.mine, 0
+
+        def write() -> None:
+            with self._writing:
+                _write_life(self._folder / f"{number}.life", f"{_ENDED} {code}")
+
         if number:
             with contextlib.suppress(OSError):
-                within(Deadline(self.lease), lambda: _write_life(self._folder / f"{number}.life", f"{_ENDED} {code}"))
+                within(Deadline(self.lease), write)
 
     def close(self) -> None:
         self._closed.set()
@@ -148,11 +154,8 @@ class Tenure:
         if mine and (term.number > mine or clock() >= self.until()):
             self.mine = 0
             self._changed.set()
-        elif mine and mine == self.mine:
-            self._count += 1
-            _write_life(self._folder / f"{mine}.life", f"{self._count} {self.generation}")
-            if clock() < self.until():
-                self._confirmed = began
+        elif mine:
+            self._live(mine, began)
         seen = (term, life)
         moved = seen != (self.newest, self._life) or not self._known.is_set()
         passed = min(began - self._looked, 2 * self.lease / LOOKS)  # while it did not look it has seen nothing
@@ -168,6 +171,14 @@ class Tenure:
         if self.cut != self._cried:
             self._cry(term.number)
 
+    def _live(self, mine: int, began: float) -> None:
+        with self._writing:
+            if mine != self.mine:  # it has ended meanwhile
+                return
+            self._count += 1
+            _write_life(self._folder / f"{mine}.life", f"{self._count} {self.generation}")
+        if clock() < self.until():
+            self._confirmed = began
 
     def _left_by(self, term: Term) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -178,6 +189,11 @@ class Tenure:
         path, cut = self._folder / f"{_plain(self._host)}.cut", self.cut
         path.write_text(str(number)) if cut else path.unlink(missing_ok=True)
         self._cried = cut
+
+
+def ended_with(run_dir: Path) -> int | None:
+    """The exit code with which the run's last term ended; None where it has not, or there was none. Raises OSError."""
+    return within(Deadline(10.0), lambda: _newest(run_dir / FOLDER)[0].ended)
 
 
 def still_valid(run_dir: Path, env: Mapping[str, str] = os.environ) -> None:

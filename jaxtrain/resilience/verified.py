@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxtrain.checkpoint.files import write_durably
 from jaxtrain.errors import RunError
+from jaxtrain.resilience.tenure import still_valid
 
 FILE, EVENTS = "verified.json", "corruption.jsonl"
 
@@ -61,6 +62,7 @@ class Verified:
             os.fsync(file.fileno())
 
     def _write(self) -> None:
+        still_valid(self._run_dir)
         try:
             write_durably(self._run_dir / FILE, json.dumps(self._kept).encode() + b"\n")
         except OSError as error:

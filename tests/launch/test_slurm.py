@@ -92,6 +92,19 @@ def test_the_job_is_queued_again_after_preemption_and_after_a_failure_that_made_
     assert not again or (place / "scontrol").read_text() == "requeue 7\n"
 
 
+@pytest.mark.parametrize(("life", "code"), [("ended 0", 0), ("ended 65", 65), ("17 3", 137)])
+def test_the_jobs_code_is_that_of_its_lead_and_not_of_a_host_that_was_lost(capsys, place, life, code):
+    script = printed(capsys, "--nodes", "2", "--gpus-per-node", "0", "--fake-devices", "1")
+    terms = place / "runs/tiny/terms"
+    terms.mkdir(parents=True)
+    for name, text in (("1", ""), ("1.life", "ended 75")):  # of the job before
+        (terms / name).write_text(text)
+    program(place, "srun", f"echo > {terms}/2; printf '{life:<32}' > {terms}/2.life; exit 137")
+    program(place, "scontrol", ":")
+    done = subprocess.run(["bash", "-c", script], env=os.environ | {"SLURM_JOB_ID": "7"}, timeout=DEADLINE_S)
+    assert done.returncode == code
+
+
 def test_it_is_written_into_the_run_folder_to_be_read_and_run_and_submitted(capsys, place):
     program(place, "sbatch", f'echo "$@" > {place}/sbatch; echo "41;cluster"')
     argv = ["config.py", "--nodes", "1", "--gpus-per-node", "0", "--steps", "5"]

@@ -1,9 +1,10 @@
 """Rows are exact, short, cut on resume, and survive a torn line."""
 
+import errno
 import io
 import json
+import os
 import struct
-from functools import partial
 
 import numpy as np
 import pytest
@@ -71,16 +72,46 @@ class ShortOfRoom(io.FileIO):
         return super().write(data[:10])
 
 
+class Full(io.FileIO):
+    """A disk with no room."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.parametrize("sink", [Jsonl(), TensorBoard()])
-@pytest.mark.parametrize("disk", [partial(io.FileIO, "/dev/full"), partial(ShortOfRoom, "/dev/null")], ids=["full", "fills"])
-def test_a_disk_that_is_full_or_fills_up_ends_the_run_with_the_reason_and_no_other_word(tmp_path, capsys, sink, disk):
+@pytest.mark.parametrize("disk", [Full, ShortOfRoom])
+def test_rows_wait_for_a_disk_that_is_full_or_fills_up_and_come_in_order_once_it_has_room(tmp_path, capsys, sink, disk):
     recorder = Recorder((sink,), tmp_path, first_step=0, steps=10)
-    recorder._writers[0]._file.close()
-    recorder._writers[0]._file = disk("a")
-    with pytest.raises(RunError, match="(?s)cannot write metrics.*No space left on device"):
-        recorder.write(1, {"train/loss": 1.0})
+    file, writer = recorder._writers[0]._writer._file, recorder._writers[0]._writer
+    recorder.write(1, {"train/loss": 1.0})
+    with disk(file.name, "ab") as writer._file:
+        for step in (2, 3):
+            recorder.write(step, {"train/loss": 1.0})
+            recorder.flush()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "METRICS ARE NOT WRITTEN (No space left on device)" in said
+    writer._file = file
+    recorder.write(4, {"train/loss": 1.0})
     recorder.close()
-    assert capsys.readouterr() == ("", "")
+    assert "metrics are written again, 3 rows" in capsys.readouterr().err
+    rows = read_rows(tmp_path / "metrics.jsonl") if isinstance(sink, Jsonl) else []
+    steps = [row["step"] for row in rows] or [step for step, *_ in content(tmp_path / "tensorboard")[2]]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("sink", [Jsonl(), TensorBoard()])
+def test_rows_that_a_disk_never_takes_end_the_run_with_the_reason(tmp_path, monkeypatch, sink):
+    recorder = Recorder((sink,), tmp_path, first_step=0, steps=10)
+    writer = recorder._writers[0]._writer
+    writer._file.close()
+    writer._file = Full("/dev/full", "a")
+    recorder.write(1, {"train/loss": 1.0})
+    monkeypatch.setattr("jaxtrain.observe.recorder.ROWS", 1)
+    with pytest.raises(RunError, match="(?s)2 rows of metrics were not written.*No space left on device"):
+        recorder.write(2, {"train/loss": 1.0})
+    with pytest.raises(RunError, match="2 rows of metrics were not written"):
+        recorder.close()
 
 
 def test_a_sink_that_cannot_be_opened_is_an_error_with_a_fix(tmp_path):
