@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from meshes.place import constrain, current, store
+from meshes.place import constrain, current, free_axes, store
 from meshes.rules import axes_of
 
 
@@ -55,9 +55,8 @@ _look_up.defvjp(_forward, _backward)
 
 def _axes():
     """The axes that cut B, S and V, and the mesh; what is by hand already is no axis here."""
-    layout, inside = current(), jax.sharding.get_abstract_mesh()
-    mesh = inside if inside.manual_axes else layout.mesh
-    free = {axis for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}
+    layout = current()
+    mesh, free = free_axes(layout)
     return *(tuple(a for a in axes_of(layout.rules.acts, letter) if a in free) for letter in "BSV"), mesh
 
 

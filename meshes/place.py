@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshes.axes import AXES, LETTERS, NAMELESS
 from meshes.errors import LayoutError, closest
@@ -145,12 +145,17 @@ def _laid_out(x: jax.Array, letters: Letters, mapping: Mapping[str, Axes] | None
     if layout is None:
         return x
     mapping = getattr(layout.rules, side) if mapping is None else mapping
-    inside = jax.sharding.get_abstract_mesh()
-    mesh = inside if inside.manual_axes else layout.mesh
-    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}
+    mesh, sizes = free_axes(layout)
     _check_letters(letters, mapping, name)
     _check_shape(sizes, mapping, letters, x.shape, name)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(letters, mapping, keep=sizes.__contains__)))
+
+
+def free_axes(layout: Layout) -> tuple[Mesh | AbstractMesh, dict[str, int]]:
+    """The mesh for a shard_map or a sharding here, and its axes of several devices that no shard_map around has taken."""
+    inside = jax.sharding.get_abstract_mesh()
+    mesh = inside if inside.manual_axes else layout.mesh
+    return mesh, {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}
 
 
 def axis_size(letters: Letters) -> int:

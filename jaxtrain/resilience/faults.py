@@ -33,6 +33,7 @@ KINDS = {
 HANGING = ("stop", "hang", "stall-data", "cut-network")
 ENDING = ("kill", "exception", "exit", "abort", "oom", *HANGING)  # those that end a generation
 TOLERATED = ("slow", "stall-save", "disk-full", "clock-jump", "delay-network")  # those with which it goes on
+LEAVING = ("sigterm", "kill-supervisor")  # those that end the launch: the same command goes on
 PHASES = ("data", "step", "metrics")  # through which every update goes
 OTHER_PHASES = ("restore", "compile", "evaluate", "snapshot", "save", "end")
 SECONDS = {"cut-network": 600.0, "delay-network": 0.2}  # of the others: 1

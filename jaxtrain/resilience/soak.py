@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +20,14 @@ from typing import Any
 from jaxtrain.command import parse
 from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError, RunError, closest
-from jaxtrain.resilience.faults import ENDING, HANGING, KINDS, PHASES, TOLERATED, Fault, as_flag
+from jaxtrain.exits import AGAIN
+from jaxtrain.resilience import pulse
+from jaxtrain.resilience.faults import ENDING, HANGING, KINDS, LEAVING, PHASES, TOLERATED, Fault, as_flag
+from jaxtrain.resilience.host import memory_folder
+from jaxtrain.resilience.verdict import code_in_words
 
-OTHERS = (*TOLERATED, "flip-bit")
+OTHERS = (*TOLERATED, *LEAVING, "flip-bit")
+LOOK_S = 0.05
 GAP = 2  # steps at least from one fault to the next
 SECONDS = {"slow": 0.02, "stall-save": 3.0, "clock-jump": 3600.0, "cut-network": 600.0, "delay-network": 0.05}
 COLUMNS = ("fault", "step", "detected_as", "culprit_named", "tier", "recovery_seconds", "replayed_steps")
@@ -54,12 +62,18 @@ def main(argv: list[str]) -> int:
     command = [str(call.config), *call.overrides, "--runs-dir", config.runs_dir]
     plain, disturbed = (config.run_dir.parent / f"{config.name}-{what}" for what in ("undisturbed", "soak"))
     for folder in (plain, disturbed):
+        _log(folder).unlink(missing_ok=True)
         if (folder / "checkpoints").exists():
             raise RunError(f"there is a run {folder.name} already.", fix=f"another --runs-dir, or remove {folder}")
-    both = ((plain, []), (disturbed, faults))
-    codes = [launch([*command, "--name", folder.name], options.processes, given, _log(folder)) for folder, given in both]
+    codes, ends = [], []
+    for folder, given in ((plain, []), (disturbed, faults)):
+        for part in launches(given):
+            ends.append(launch(command, folder, options.processes, part))
+            if not (part and part[-1].kind in LEAVING and ends[-1].code in (-signal.SIGKILL, *AGAIN)):
+                break
+        codes.append(ends[-1].code)
     seen = incidents(disturbed)
-    rows = table(faults, seen, _log(disturbed).read_text())
+    rows = table(faults, seen, _log(disturbed).read_text(), ends[1:])
     equal = not any(codes) and digest(plain) == digest(disturbed)
     last = {"hash_equal": equal, "exit_codes": codes, "faults": len(faults), "incidents": len(seen)}
     last["unplanned"] = [row["line"] for row in seen if row["incident"] > sum(fault.kind in ENDING for fault in faults)]
@@ -72,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def draw(options: Options, config: RunConfig) -> list[Fault]:
-    """Faults spread evenly over the run, at a random step and process; one that ends its generation is the last of it.
+    """Faults spread evenly over the run, at a random step and process; one that ends its generation, or the launch, is the last of it.
 
     Each comes within its own part of the run, steps after the one before: else nothing would be new in between.
     """
@@ -88,17 +102,44 @@ def draw(options: Options, config: RunConfig) -> list[Fault]:
         step = chance.choice([step for other, step in places if other == phase])
         fault = Fault(kind=kind, process=process, step=step, phase=phase, generation=generation)
         faults.append(replace(fault, seconds=SECONDS.get(kind, fault.seconds)))
-        generation += kind in ENDING
+        generation = 1 if kind in LEAVING else generation + (kind in ENDING)
     return faults
 
 
-def launch(command: Sequence[str], processes: int, faults: Sequence[Fault], log: Path) -> int:
-    """One supervised run to its end; its exit code."""
+def launches(faults: Sequence[Fault]) -> list[list[Fault]]:
+    """The faults of each time that the command is given: up to the one that ends the launch."""
+    parts: list[list[Fault]] = [[]]
+    for fault in faults:
+        parts[-1].append(fault)
+        if fault.kind in LEAVING:
+            parts.append([])
+    return parts
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One time that the command was given; times of time.monotonic. `restored`: as a pulse tells it."""
+
+    code: int
+    when: float
+    first_step: float | None
+    restored: str
+
+
+def launch(command: Sequence[str], run_dir: Path, processes: int, faults: Sequence[Fault]) -> Ended:
+    """One supervised run to its end."""
     flags = [word for fault in faults for word in ("--fault", as_flag(fault))]
-    full = [sys.executable, "-m", "jaxtrain", "launch", "--processes", str(processes), *flags, *command]
+    full = [sys.executable, "-m", "jaxtrain", "launch", "--processes", str(processes), *flags, *command, "--name", run_dir.name]
+    log, began, first = _log(run_dir), time.monotonic(), None
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as file:
-        return subprocess.run(full, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+    with open(log, "a") as file:
+        child = subprocess.Popen(full, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        while child.poll() is None:
+            time.sleep(LOOK_S)
+            beat = None if first else pulse.read(memory_folder(run_dir) / "1.0.pulse")
+            if beat and beat.since > began and beat.counts["metrics"]:
+                first = beat
+    return Ended(child.returncode, time.monotonic(), first and first.since, first.restored if first else "")
 
 
 def _log(run_dir: Path) -> Path:
@@ -117,14 +158,32 @@ def digest(run_dir: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
-def table(faults: Sequence[Fault], seen: Sequence[dict[str, Any]], log: str) -> list[dict[str, Any]]:
-    """One row per fault. One that ends generation n is incident n; of the others the log says that they came."""
+def table(
+    faults: Sequence[Fault], seen: Sequence[dict[str, Any]], log: str, ends: Sequence[Ended] = ()
+) -> list[dict[str, Any]]:
+    """One row per fault. The n-th that ends a generation is incident n, the n-th that ends a launch that of `ends`; of the
+    others the log says that they came."""
     by_number = {row["incident"]: row for row in seen}
     came = Counter(re.findall(r"^\[p(\d+)\] fault: (\S+) at", log, re.MULTILINE))
-    return [
-        _ended(fault, by_number.get(fault.generation)) if fault.kind in ENDING else _tolerated(fault, came)
-        for fault in faults
-    ]
+    numbers, left, rows = itertools.count(1), itertools.pairwise(ends), []
+    for fault in faults:
+        if fault.kind in ENDING:
+            rows.append(_ended(fault, by_number.get(next(numbers))))
+        elif fault.kind in LEAVING:
+            rows.append(_left(fault, *next(left, (None, None))))
+        else:
+            rows.append(_tolerated(fault, came))
+    return rows
+
+
+def _left(fault: Fault, end: Ended | None, again: Ended | None) -> dict[str, Any]:
+    row = dict.fromkeys(COLUMNS) | {"fault": fault.kind, "step": fault.step, "detected_as": "nothing"}
+    if end is None or again.first_step is None:
+        return row
+    state, _, restored = again.restored.partition(" ")
+    row |= {"detected_as": code_in_words(end.code), "tier": f"same command, {state or 'nothing'}"}
+    row |= {"recovery_seconds": round(again.first_step - end.when, 3)}
+    return row | {"replayed_steps": max(0, fault.step - int(restored or 0))}
 
 
 def _ended(fault: Fault, row: dict[str, Any] | None) -> dict[str, Any]:

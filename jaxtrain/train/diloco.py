@@ -16,6 +16,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+import meshes
+from meshes.place import free_axes
+from meshes.rules import axes_of
+
 from jaxtrain.train.replicas import DiLoCo
 
 AXIS = "replica"
@@ -81,7 +85,7 @@ def _meeting(config: DiLoCo, letters: Any, fragment: int) -> Callable[..., tuple
         parts, tree = jax.tree.flatten(letters)
         columns = [tree.flatten_up_to(x) if x != () else [None] * len(parts) for x in (params, mine, momentum, error)]
         places = _places(config.fragments, parts, [x.shape for x in columns[0]])
-        moved = [_moved(config, place[fragment], *leaf) for place, leaf in zip(places, zip(*columns), strict=True)]
+        moved = [_moved(config, *leaf) for leaf in zip(parts, [place[fragment] for place in places], *columns, strict=True)]
         params, mine, momentum, left = (tree.unflatten(column) for column in zip(*moved))
         return params, mine, momentum, left if error != () else ()
 
@@ -100,24 +104,26 @@ def _places(fragments: int, letters: list[str], shapes: list[tuple[int, ...]]) -
     return places
 
 
-def _moved(config: DiLoCo, rows: slice | None, theta: Array, mine: Array, momentum: Array, error: Array | None):
+def _moved(
+    config: DiLoCo, letters: str, rows: slice | None, theta: Array, mine: Array, momentum: Array, error: Array | None
+):
     """One array's outer step in these rows: theta and momentum by Nesterov's rule, mine to the new theta."""
     if rows is None:
         return theta, mine, momentum, error
     rows = () if theta.ndim == 0 else rows
     delta = theta[rows] - mine[rows]
-    mean, left = _mean(config.sent, delta if error is None else delta + error[rows])
+    mean, left = _mean(config.sent, letters, delta if error is None else delta + error[rows])
     m = config.momentum * momentum[rows] + mean
     new = theta[rows] - config.lr * (mean + config.momentum * m)
     error = error if error is None else error.at[rows].set(left)
     return theta.at[rows].set(new), mine.at[rows].set(new), momentum.at[rows].set(m), error
 
 
-def _mean(sent: str, delta: Array) -> tuple[Array, Array]:
+def _mean(sent: str, letters: str, delta: Array) -> tuple[Array, Array]:
     """-> the mean of what all replicas sent, and what this one's rounding left over.
 
     Rounded differences are gathered and added in fp32 in the order of the replicas, so the sum has no rounding of its
-    own dtype, and the wire carries that dtype's bytes.
+    own dtype, and the wire carries that dtype's bytes: those of the part that a device stores.
     """
     if sent == "float32":
         return lax.pmean(delta, AXIS), jnp.zeros_like(delta)
@@ -126,5 +132,20 @@ def _mean(sent: str, delta: Array) -> tuple[Array, Array]:
     else:  # int8, with a scale for each row
         scale = jnp.maximum(jnp.abs(delta).max(axis=-1, keepdims=True), 1e-30) / 127.0
         parts = (jnp.round(delta / scale).astype(jnp.int8), scale)
-    read = lambda parts: parts[0].astype(jnp.float32) * parts[1]  # noqa: E731
-    return jax.vmap(read)(lax.all_gather(parts, AXIS)).mean(axis=0), delta - read(parts)
+    read = lambda rounded, scale: rounded.astype(jnp.float32) * scale  # noqa: E731
+    mean = _on_parts(lambda *parts: jax.vmap(read)(*lax.all_gather(parts, AXIS)).mean(axis=0), letters, *parts)
+    return mean, delta - read(*parts)
+
+
+def _on_parts(function: Callable[[Array, Array], Array], letters: str, x: Array, scale: Array) -> Array:
+    """`function` of what each device stores of x: left to the partitioner, a gather takes x whole."""
+    layout = meshes.current()
+    mapping = layout.rules.stored(letters, x.shape, layout.mesh.shape)
+    mesh, free = free_axes(layout)
+    cut = [tuple(axis for axis in axes_of(mapping, letter) if axis in free) for letter in letters]
+    if not (names := {axis for axes in cut for axis in axes}):
+        return function(x, scale)
+    whole = PartitionSpec(*(axes or None for axes in cut))
+    of_scale = PartitionSpec(*(axes if size > 1 else None for axes, size in zip(whole, scale.shape)))
+    how = dict(mesh=mesh, axis_names=names, in_specs=(whole, of_scale), out_specs=whole, check_vma=False)
+    return jax.shard_map(function, **how)(x, scale)

@@ -12,7 +12,7 @@ import pytest
 from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.resilience.faults import ENDING, HANGING, KINDS, PHASES, TOLERATED, Fault, as_flag, parse, placed
-from jaxtrain.resilience.soak import GAP, Options, draw, table
+from jaxtrain.resilience.soak import GAP, Ended, Options, draw, launches, table
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +90,19 @@ def test_a_row_of_a_fault_that_is_lived_with_says_whether_it_came():
     came, not_yet = table([Fault(kind="disk-full", process=1), Fault(kind="disk-full", process=2)], [], LOG)
     assert (came["detected_as"], came["culprit_named"], came["tier"]) == ("tolerated", None, "none")
     assert not_yet["detected_as"] == "nothing"
+
+
+def test_after_a_fault_that_ends_the_launch_generations_count_anew_and_the_row_says_what_the_same_command_went_on_from():
+    faults = draw(Options(count=30, seed=3, kinds=("kill", "sigterm", "kill-supervisor")), dataclasses.replace(TINY, steps=300))
+    parts = launches(faults)
+    assert sum(parts, []) == faults and len(parts) == 1 + sum(fault.kind != "kill" for fault in faults)
+    assert [[fault.generation for fault in part] for part in parts] == [[*range(1, len(part) + 1)] for part in parts]
+    ends = [Ended(75, 10.0, None, ""), Ended(-9, 20.0, 13.5, "checkpoint 9"), Ended(0, 30.0, 24.0, "snapshot 5")]
+    two = [Fault(kind="sigterm", process=0, step=9), Fault(kind="kill-supervisor", process=1, step=12)]
+    asked, killed = table(two, [], "", ends)
+    assert (asked["detected_as"], asked["tier"], asked["recovery_seconds"]) == ("exit code 75", "same command, checkpoint", 3.5)
+    assert (killed["detected_as"], killed["replayed_steps"], killed["recovery_seconds"]) == ("SIGKILL", 7, 4.0)
+    assert table(two, [], "", ends[:2])[1]["detected_as"] == "nothing"
 
 
 @pytest.mark.slow

@@ -223,11 +223,9 @@ def _bytes_over_replica(config, **sizes):
     return sum(one.wire_bytes * one.times / (rare if one.branch else 1) for one in found)
 
 
-@pytest.mark.parametrize(
-    ("sent", "less", "fsdp"), [("float32", 8, 2), ("float32", 8, 1), ("bfloat16", 8, 1), ("int8", 16, 1)]
-)
+@pytest.mark.parametrize(("sent", "less"), [("float32", 8), ("bfloat16", 8), ("int8", 24)])  # XLA's CPU widens bfloat16
+@pytest.mark.parametrize("fsdp", [1, 2])
 def test_ten_inner_steps_send_at_least_eight_times_less_between_replicas(sent, less, fsdp):
-    """Beside fsdp rounded differences go whole, where gradients and exact ones go as stored: 5 and 15 times less."""
     plain = _bytes_over_replica(CONFIG, replica=2, fsdp=fsdp)
     assert plain >= 4 * CONFIG.model.num_params() / fsdp  # half of each gradient as stored, to the other replica and back
     assert _bytes_over_replica(dataclasses.replace(CONFIG, replicas=DiLoCo(every=10, sent=sent)), replica=2, fsdp=fsdp) < plain / less
