@@ -27,18 +27,18 @@ class Injector:
     """Called with every phase and the updates completed."""
 
     def __init__(self, waiting: list[Fault]):
-        self._waiting = waiting
+        self._waiting, self._said = waiting, list[Fault]()
         if any(fault.kind == "flip-bit" for fault in waiting):
             _watch_steps()
             _watch_checkpoints()
 
     def __call__(self, phase: str, step: int) -> None:
         for fault in [fault for fault in self._waiting if phase == fault.phase and step >= fault.step]:
-            if fault.kind in LATER:
-                _ACTS[fault.kind](fault)
-                continue
-            self._waiting.remove(fault)
-            print(f"fault: {fault.kind} at step {step}, phase {phase}", file=sys.stderr, flush=True)
+            if fault not in self._said:
+                self._said.append(fault)
+                print(f"fault: {fault.kind} at step {step}, phase {phase}", file=sys.stderr, flush=True)
+            if fault.kind not in LATER:
+                self._waiting.remove(fault)
             _ACTS[fault.kind](fault)
 
 

@@ -202,7 +202,7 @@ def _ended(fault: Fault, row: dict[str, Any] | None) -> dict[str, Any]:
 
 def _tolerated(fault: Fault, came: Mapping[tuple[str, str], int]) -> dict[str, Any]:
     """Nobody is blamed, nothing is recovered: training went on."""
-    as_what = "tolerated" if came[str(fault.process), fault.kind] or fault.kind == "slow" else "nothing"
+    as_what = "tolerated" if came[str(fault.process), fault.kind] else "nothing"
     row = {"fault": fault.kind, "step": fault.step, "detected_as": as_what, "culprit_named": None, "tier": "none"}
     return row | {"recovery_seconds": 0.0, "replayed_steps": 0}
 
