@@ -92,10 +92,11 @@ class Job:
     def signal(self, index, number):
         self.processes[index].send_signal(number)
 
-    def lead(self):
+    def lead(self, run_dir=None):
         """The host of the newest term."""
-        newest = max((int(p.name) for p in (self.folder / "terms").glob("*") if p.name.isdecimal()), default=0)
-        return self.addresses.index(json.loads((self.folder / "terms" / str(newest)).read_text())["address"]) if newest else None
+        terms = (run_dir or self.folder) / "terms"
+        newest = max((int(path.name) for path in terms.glob("*") if path.name.isdecimal()), default=0)
+        return self.addresses.index(json.loads((terms / str(newest)).read_text())["address"]) if newest else None
 
     def end(self, indices=None):
         """The exit codes, once these have ended."""

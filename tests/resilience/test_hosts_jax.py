@@ -30,11 +30,13 @@ config = dataclasses.replace(
 class Launched(Job):
     """Supervisors as a user starts them. `steps` is ignored."""
 
+    flags = ("--spares", "1")
+
     def start(self, index, **env):
         own = os.environ | {"PYTHONPATH": str(ROOT), "JAXTRAIN_HOST_INDEX": str(index)} | env
         own |= {"JAXTRAIN_HOSTS": ",".join(self.addresses), "JAXTRAIN_CACHE_DIR": str(self.folder.parent / "cache")}
-        flags = ["launch", "--devices-per-process", "1", "--spares", "1"]
-        command = [sys.executable, "-m", "jaxtrain", *flags, str(self.folder / "config.py"), "--runs-dir", str(self.folder)]
+        flags = ["launch", "--devices-per-process", "1", *self.flags]
+        command = [*self.prefix(index), sys.executable, "-m", "jaxtrain", *flags, str(self.folder / "config.py"), "--runs-dir", str(self.folder)]
         with open(self.folder / f"said.{index}", "a") as said:
             self.processes[index] = subprocess.Popen(command, cwd=ROOT, env=own, stdout=said, stderr=said)
 

@@ -1,6 +1,7 @@
 """Hosts as network namespaces on one bridge: cables pulled for a while or for good, and slow ones. Trainers without jax."""
 
 import fcntl
+import json
 import os
 import select
 import shutil
@@ -11,11 +12,13 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from tests.resilience.supervisors import Job, free_ports
 from tests.resilience.test_hosts import assert_one_generation_at_a_time
+from tests.resilience.test_hosts_jax import CONFIG, PATIENCE_S, Launched
 
 pytestmark = [
     pytest.mark.slow,
@@ -207,3 +210,45 @@ def test_a_host_lost_behind_links_that_take_200_ms_is_named_and_replaced(tmp_pat
     finally:
         three.close()
     assert_one_generation_at_a_time(tmp_path)
+
+
+class Cabled(Launched, Namespaces):
+    """Real trainers, each host in a namespace in which its name is its address."""
+
+    flags = ()
+
+    def place(self, count):
+        self.folders = [Path("/etc/netns") / f"{self.name}h{index}" for index in range(count)]
+        for index, folder in enumerate(self.folders):
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{NET}.{index + 1} {socket.gethostname()}\n")
+        return Namespaces.place(self, count)
+
+    def close(self):
+        super().close()
+        for folder in self.folders:
+            shutil.rmtree(folder)
+
+
+def test_real_trainers_go_on_without_a_host_that_is_cut_off_and_with_it_when_it_is_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.resilience.supervisors.DEADLINE_S", PATIENCE_S)
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "config.py").write_text(CONFIG.replace("every=1000", "every=50").replace("steps=1200", "steps=900"))
+    two = Cabled(folder, 2)
+    try:
+        two.until_true(lambda: two.step() > 60, "step 60")
+        cut = 1 - two.lead(folder / "tiny")
+        two.cut(cut)
+        two.until("the batch is the same")
+        reached = two.step()
+        two.until_true(lambda: two.step() > reached + 20, "steps on one host")
+        two.mend(cut)
+        assert set(two.end().values()) == {0}, two.said()
+        rows = [json.loads(line) for line in (folder / "tiny" / "incidents.jsonl").read_text().splitlines()]
+        assert [row["what"] for row in rows] == ["host lost", "more hosts"], two.said()
+        assert "the network to" in rows[0]["line"]
+        steps = [json.loads(line)["step"] for line in (folder / "tiny" / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [*range(1, 901)]
+    finally:
+        two.close()
