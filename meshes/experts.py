@@ -67,12 +67,14 @@ def apply(weights: Weights, x_BSD: Array, chosen_BSk: Array, gates_BSk: Array) -
     return constrain(y_BRD, "BRD"), dropped_E
 
 
-def per_token(function: Callable[[Array], Array], x_BRE: Array) -> Array:
-    """function(x_BRE) -> BR_, each device for its own tokens: the partitioner would gather all of them for a `top_k`."""
+def per_token(function: Callable[..., tuple[Array, Array]], *xs_BRE: Array) -> tuple[Array, Array]:
+    """function(x_BRE, ...) -> BR_, BR_, each device for its own tokens: the partitioner would gather all of them for a
+    `top_k`, and exchange parts to look something up by it."""
     layout = current()
     if layout is None:
-        return function(x_BRE)
-    return _on_devices(layout, function, ("BR_",), "BR_")(constrain(x_BRE, "BR_"))
+        return function(*xs_BRE)
+    run = _on_devices(layout, function, ("BR_",) * len(xs_BRE), ("BR_", "BR_"))
+    return run(*(constrain(x_BRE, "BR_") for x_BRE in xs_BRE))
 
 
 def _on_devices(layout: Layout, function: Callable, given: Any, made: Any) -> Callable:

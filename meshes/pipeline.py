@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -364,29 +365,34 @@ class _Pull:
 
 
 class _Layout:
-    """Buffers that hold what any of several virtual stages keeps: where only the numbers of layers differ, the same."""
+    """Buffers that hold what any of several virtual stages keeps.
+
+    Two stages share a buffer for what is the same in both but for the number of layers: it is laid out alike, where
+    arrays of two roles would be exchanged between devices on their way through one buffer. A stage's leaves come stack
+    by stack, so those of the stacks that two have in common are a run in both.
+    """
 
     def __init__(self, kept: Sequence[Sequence[Any]]):
         self._shapes: list[tuple[tuple[int, ...], Any]] = []
         self._of: dict[tuple, list[int]] = {}
-        for leaves in kept:
-            for i, leaf in zip(self._numbers(leaves), leaves, strict=True):
-                rows = max(leaf.shape[:1], self._shapes[i][0][:1])
-                self._shapes[i] = ((*rows, *leaf.shape[1:]), leaf.dtype)
+        known: list[tuple] = []  # of each buffer, what its arrays have in common
+        for leaves in sorted(kept, key=len, reverse=True):
+            like = [_like(leaf) for leaf in leaves]
+            numbers: list[int | None] = [None] * len(like)
+            for buffer, first, size in SequenceMatcher(None, known, like, autojunk=False).get_matching_blocks():
+                numbers[first : first + size] = range(buffer, buffer + size)
+            for i, leaf in enumerate(leaves):
+                if numbers[i] is None:
+                    numbers[i] = len(known)
+                    known.append(like[i])
+                    self._shapes.append((leaf.shape, leaf.dtype))
+                rows = max(leaf.shape[:1], self._shapes[numbers[i]][0][:1])
+                self._shapes[numbers[i]] = ((*rows, *leaf.shape[1:]), leaf.dtype)
+            self._of[tuple(like)] = numbers
 
     def _numbers(self, leaves: Sequence[Any]) -> list[int]:
-        """For each leaf a buffer of its own among those that differ from it in the first dim at most."""
-        taken: dict[tuple, int] = {}
-        numbers = []
-        for leaf in leaves:
-            like = (leaf.dtype, leaf.ndim, leaf.shape[1:])
-            buffers = self._of.setdefault(like, [])
-            at = taken[like] = taken.get(like, -1) + 1
-            if at == len(buffers):
-                buffers.append(len(self._shapes))
-                self._shapes.append((leaf.shape, leaf.dtype))
-            numbers.append(buffers[at])
-        return numbers
+        """The buffer of each leaf."""
+        return self._of[tuple(map(_like, leaves))]
 
     def zeros(self, slots: int) -> list[Any]:
         return [jnp.zeros((slots, *shape), dtype) for shape, dtype in self._shapes]
@@ -402,6 +408,10 @@ class _Layout:
         return [
             lax.dynamic_slice(buffers[i], (slot, *[0] * leaf.ndim), (1, *leaf.shape))[0] for i, leaf in pairs
         ]
+
+
+def _like(leaf: Any) -> tuple:
+    return str(leaf.dtype), leaf.ndim, leaf.shape[1:]
 
 
 def _at(tree: Any, index: Any) -> Any:

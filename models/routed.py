@@ -24,8 +24,7 @@ def routed(cfg: DecoderConfig, mix: Experts, w: dict[str, jax.Array], h_BRD, seg
     live_BR = jnp.ones(h_BRD.shape[:2], bool) if segments_BS is None else constrain(segments_BS > 0, "BR")
     logits_BRE = _logits(h_BRD, w["router_LDE"])
     scores_BRE = jax.nn.sigmoid(logits_BRE) if isinstance(mix.router, Sigmoid) else jax.nn.softmax(logits_BRE, axis=-1)
-    chosen_BRk = constrain(choose(mix, scores_BRE, w.get("router_bias_LE")), "BR_")
-    gates_BRk = constrain(jnp.take_along_axis(scores_BRE, chosen_BRk, axis=-1), "BR_")
+    chosen_BRk, gates_BRk = (constrain(x, "BR_") for x in choose(mix, scores_BRE, w.get("router_bias_LE")))
     if mix.router.normalise:
         gates_BRk = gates_BRk / (gates_BRk.sum(-1, keepdims=True) + 1e-20)  # sigmoids may all be 0
     hit_BRE = (chosen_BRk[..., None] == jnp.arange(mix.num_experts)[None, None, None]).any(2) & live_BR[..., None]
@@ -44,18 +43,20 @@ def _logits(h_BRD, router_DE) -> jax.Array:
     return constrain(jnp.einsum("BRD,DE->BRE", h_BRD, router_DE, precision="highest"), "BR_")
 
 
-def choose(mix: Experts, scores_BRE, bias_E=None) -> jax.Array:
-    """-> chosen_BRk, the best first; equal ones by number. No gradient passes through the choice, nor to the bias."""
-    scores_BRE = jax.lax.stop_gradient(scores_BRE)
+def choose(mix: Experts, scores_BRE, bias_E=None) -> tuple[jax.Array, jax.Array]:
+    """-> chosen_BRk, the best first; equal ones by number; and their scores. No gradient passes through the choice, nor
+    to the bias."""
+    ranked_BRE = jax.lax.stop_gradient(scores_BRE)
     if bias_E is not None:
-        scores_BRE = scores_BRE + constrain(jax.lax.stop_gradient(bias_E), "_").astype(jnp.float32)[None, None]
-    return experts.per_token(partial(_best, mix), scores_BRE)
+        ranked_BRE = ranked_BRE + constrain(jax.lax.stop_gradient(bias_E), "_").astype(jnp.float32)[None, None]
+    return experts.per_token(partial(_best, mix), scores_BRE, ranked_BRE)
 
 
-def _best(mix: Experts, scores_BRE) -> jax.Array:
+def _best(mix: Experts, scores_BRE, ranked_BRE) -> tuple[jax.Array, jax.Array]:
     if mix.limited:
-        scores_BRE = _within(mix.limited, scores_BRE)
-    return jax.lax.top_k(scores_BRE, mix.num_chosen)[1]
+        ranked_BRE = _within(mix.limited, ranked_BRE)
+    chosen_BRk = jax.lax.top_k(ranked_BRE, mix.num_chosen)[1]
+    return chosen_BRk, jnp.take_along_axis(scores_BRE, chosen_BRk, axis=-1)
 
 
 def _within(limited: Limited, scores_BRE) -> jax.Array:
