@@ -6,6 +6,7 @@ What is stored and checkpointed is the same with and without. It makes no table 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 import meshes
 from jaxtrain.config import RunConfig
+from jaxtrain.errors import RunError
 from jaxtrain.layout import layers_per_stage, num_microbatches, within_stages
+from jaxtrain.observe.hlo import collectives
 from jaxtrain.protocols import Extras, Model
 from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.state import Blueprint
@@ -40,6 +44,24 @@ def describe(config: RunConfig, sizes: Mapping[str, int]) -> str:
     )
     gathers = within_stages(config, sizes) != config.rules
     return f"{line}; attention gathers keys, for within a stage a ring takes shards by powers of two" if gathers else line
+
+
+def check(program: jax.stages.Compiled, mesh: Mesh) -> None:
+    """Raises RunError for a program whose stages would wait for each other for ever, as far as its text can be read.
+
+    XLA's permute on CPU waits for all devices that it names, also those of stages in another branch.
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return
+    with contextlib.suppress(ValueError):  # text of another version
+        for found in collectives(program.as_text(), mesh):
+            if found.branch and found.kind == "collective-permute":
+                raise RunError(
+                    "this layout's pipeline would hang on CPUs.",
+                    got=f"the compiler exchanges parts over {' x '.join(found.axes)} within a stage, in {found.op}",
+                    rule="within a stage devices of that stage alone meet",
+                    fix="another layout, or attention by Gathered(); and report this layout: it is an error of jaxtrain",
+                )
 
 
 def unstaged(blueprint: Blueprint) -> Rules:

@@ -73,7 +73,14 @@ def lowered(blueprint: Blueprint) -> jax.stages.Lowered:
 
 def compiled_ahead(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[State, dict[str, Array]]]:
     """`train_step`, compiled on a thread from now on, while the caller draws a state and opens files; a call waits for it."""
-    made = in_background(lambda: lowered(blueprint).compile())
+
+    def compiled() -> jax.stages.Compiled:
+        program = lowered(blueprint).compile()
+        if runs_pipeline(blueprint.config, blueprint.mesh.shape):
+            pipeline.check(program, blueprint.mesh)
+        return program
+
+    made = in_background(compiled)
     return lambda *arguments: made.result()(*arguments)
 
 

@@ -4,14 +4,15 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import meshes
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.generate import generate
 from jaxtrain.layout import check_layout, num_microbatches
-from jaxtrain.train.pipeline import divide
+from jaxtrain.train.pipeline import check, divide
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step, lowered
 from meshes import DEFAULT, ZERO1, Gathered, GPipe, Interleaved, OneFOneB, Ring, Ulysses, ZeroBubble
@@ -200,3 +201,18 @@ def test_microbatches_are_chosen_where_the_config_leaves_them():
     assert num_microbatches(dataclasses.replace(CONFIG, accumulate=4), dict(stage=2)) == 4
     assert num_microbatches(dataclasses.replace(CONFIG, batch=100), dict(stage=2)) == 5
     assert num_microbatches(CONFIG, dict(fsdp=4)) == 1
+
+
+def test_a_pipeline_that_would_hang_is_refused_before_it_runs():
+    mesh = meshes.make(meshes.MeshConfig(stage=2, fsdp=2), jax.devices()[:4])
+
+    ring = lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 0)])  # noqa: E731
+    spec = jax.sharding.PartitionSpec("stage", "fsdp")
+
+    def compiled(local):
+        run = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return jax.jit(run).lower(jnp.ones((2, 2))).compile()
+
+    check(compiled(ring), mesh)
+    with pytest.raises(RunError, match="(?s)would hang on CPUs.*over fsdp within a stage"):
+        check(compiled(lambda x: jax.lax.cond(x.sum() > 0, ring, lambda x: x, x)), mesh)
