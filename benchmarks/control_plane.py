@@ -1,9 +1,11 @@
-"""What a job's supervisors cost the lead: a hub on one core, and simulated hosts that all report every second.
+"""What a job's supervisors cost the lead on one core: its hub, and what it makes of the reports of simulated hosts.
 
     python -m benchmarks.control_plane [--hosts N] [--seconds N] [--payload MEGABYTES] [--out FILE.json]
 
-The hub has a core of its own, the hosts are one process on the others. A report is late by the time from its sending
-to the hub's callback. The hub's share of its core is that of its whole process, signs of life to all hosts included.
+The lead has a core of its own, the hosts are one process on the others; each reports every second, as a follower does
+of one trainer, and asks as often as it would for the right to let it run. A report is late by the time from its sending
+to the hub's callback. The lead's share of its core is that of its whole process: its term and its leash, rights and
+signs of life to all hosts, reports taken in, and at every look all statuses judged for a hang.
 """
 
 from __future__ import annotations
@@ -18,21 +20,33 @@ import socket
 import ssl
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from array import array
 from collections import deque
+from contextlib import closing
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.resilience import wire
+from jaxtrain.resilience import pulse, verdict, wire
 from jaxtrain.resilience.channel import HERE, Hub, Line
 from jaxtrain.resilience.connection import Connection, Limits, Loop, Refusals
+from jaxtrain.resilience.crew import LOOKED_AT_A_SECOND
+from jaxtrain.resilience.deadlines import Deadlines
+from jaxtrain.resilience.host import Plan
+from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.listening import more_descriptors
+from jaxtrain.resilience.node import Node
+from jaxtrain.resilience.remotes import Remotes
+from jaxtrain.resilience.report import packed
+from jaxtrain.resilience.roster import Roster
+from jaxtrain.resilience.tenure import Tenure
 
 SECRET = b"of the benchmark, and of no job "
 SETTLE_S, DEADLINE_S = 2.0, 60.0
+GENERATION, TERM = 7, 1
 WIDE = Limits(queue_bytes=16 << 30)  # all payloads of the benchmark
 
 
@@ -51,84 +65,113 @@ def main() -> int:
         print(f"{name:<64}{value:>12,.3f}")
     if options.out:
         Path(options.out).write_text(json.dumps(facts(cores) | {"rows": rows}, indent=1) + "\n")
-    return 1 if rows["reports lost"] or rows["hub, share of one core"] >= 1 else 0
+    return 1 if rows["reports lost"] or not rows["looks at all of them"] or rows["lead, share of one core"] >= 1 else 0
 
 
-class Arrivals:
-    """What the hub was told: how late, and whether each host's reports are all there."""
+class Lead(Node):
+    """A lead's end: how late reports are, whether each host's are all there, and what its main thread makes of them."""
 
-    def __init__(self) -> None:
-        self.late, self.next = array("d"), {}
-        self.lost = self.size = 0
+    def __init__(self, hosts: int, run_dir: Path):
+        self.late, self.next, self.lost, self._hosts = array("d"), {}, 0, hosts
+        names = [name(index) for index in range(hosts)]
+        with socket.create_server(("", 0)) as free:
+            own = f"127.0.0.1:{free.getsockname()[1]}"
+        roster, changed = Roster(index=hosts, addresses=(*(f"{host}:1" for host in names), own)), threading.Event()
+        tenure = Tenure(run_dir, roster.name, own, Deadlines().lease, changed)
+        assert tenure.claim() and tenure.mine == TERM
+        super().__init__(roster, SECRET, tenure, changed, lambda: ("-", []))
+        self._remotes = Remotes(self, tenure, changed)
+        self._remotes.begin(Plan(generation=GENERATION, service="", first=0, count=hosts, env={}), [])
 
-    def __call__(self, name: str, message: dict[str, Any], payload: object) -> None:
-        self.late.append(time.monotonic() - message["sent"])
-        self.lost += message["number"] != self.next.get(name, 0)
-        self.next[name] = message["number"] + 1
+    def _received(self, name: str, message: dict[str, Any], payload: memoryview | None) -> None:
+        if "report" in message:
+            self.late.append(time.monotonic() - message["sent"])
+            self.lost += message["number"] != self.next.get(name, 0)
+            self.next[name] = message["number"] + 1
+        super()._received(name, message, payload)
+
+    def watch(self, seconds: float) -> int:
+        """How many looks there were; each found all hosts well, and their rights in force."""
+        end, looks, pause = time.monotonic() + seconds, 0, self._hosts / LOOKED_AT_A_SECOND
+        while time.monotonic() < end:
+            time.sleep(pause)
+            self._remotes.hear()
+            assert self._tenure.leads() and all(until > clock() for until in self.promised.values())
+            statuses = [status for remote in self._remotes for status in remote.statuses]
+            beats = [status.beat for status in statuses]
+            assert verdict.of_hang(statuses, Deadlines(), beats) is None
+            looks += len(statuses) == self._hosts
+        return looks
 
 
 def reports(hosts: int, seconds: float, cores: list[int]) -> dict[str, float]:
-    arrivals, here = Arrivals(), threading.Semaphore(0)
     os.sched_setaffinity(0, cores[:1])
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    with Hub("127.0.0.1:0", SECRET, arrivals, on_change=lambda name, state: state == HERE and here.release()) as hub:
-        simulated = context.Process(target=simulate, args=(hub.port, hosts, cores[1:] or cores, theirs), daemon=True)
+    with tempfile.TemporaryDirectory() as folder, closing(Lead(hosts, Path(folder))) as lead:
+        given = (lead.hub.port, hosts, cores[1:] or cores, lead.pause_s, theirs)
+        simulated = context.Process(target=simulate, args=given, daemon=True)
         simulated.start()
         assert pipe.poll(DEADLINE_S) and pipe.recv() == "dialling"
         began = time.monotonic()
-        assert all(here.acquire(timeout=DEADLINE_S) for _ in range(hosts)), "not all hosts came"
+        while len(lead.hub.peers()) < hosts:
+            assert time.monotonic() < began + DEADLINE_S, "not all hosts came"
+            time.sleep(0.01)
         rows = {"hosts": hosts, "seconds until all had connected": time.monotonic() - began}
-        rows |= watched(hub, arrivals, seconds)
+        rows |= watched(lead, seconds)
         asked = time.monotonic()
-        assert hub.send_all({"end": True}) == hosts
+        assert lead.hub.send_all({"end": True}) == hosts
         assert pipe.poll(DEADLINE_S), "a message to all did not come"
         sent, size, last, behind = pipe.recv()
-        received = settled(arrivals, sent)
+        received = settled(lead, sent)
     simulated.join(DEADLINE_S)
-    rows |= {"bytes of a report": size, "reports lost": arrivals.lost + sent - received}
+    rows |= {"bytes of a report": size, "reports lost": lead.lost + sent - received}
     rows |= {"seconds until a message to all had reached the last": last - asked}
     return rows | {"hosts behind their own schedule, seconds at most": behind}
 
 
-def watched(hub: Hub, arrivals: Arrivals, seconds: float) -> dict[str, float]:
+def watched(lead: Lead, seconds: float) -> dict[str, float]:
     """Over `seconds`, once all have settled."""
-    time.sleep(SETTLE_S)
-    first, cpu, wall = len(arrivals.late), time.process_time(), time.monotonic()
-    time.sleep(seconds)
+    lead.watch(SETTLE_S + lead.pause_s)
+    assert len(lead.promised) == len(lead.hub.peers())
+    first, cpu, wall = len(lead.late), time.process_time(), time.monotonic()
+    looks = lead.watch(seconds)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
-    late = sorted(arrivals.late[first:])
-    assert all(peer.state == HERE for peer in hub.peers().values()) and not hub.refused
+    late = sorted(lead.late[first:])
+    assert all(peer.state == HERE for peer in lead.hub.peers().values()) and not lead.hub.refused
     return {
         "reports per second": len(late) / wall,
-        "hub, share of one core": cpu / wall,
-        "hub, microseconds of CPU per report": 1e6 * cpu / len(late),
+        "looks at all of them": looks,
+        "lead, share of one core": cpu / wall,
+        "lead, microseconds of CPU per report": 1e6 * cpu / len(late),
         "a report is late, ms, median": 1e3 * statistics.median(late),
         "a report is late, ms, 99 %": 1e3 * late[int(0.99 * len(late))],
         "a report is late, ms, worst": 1e3 * late[-1],
     }
 
 
-def settled(arrivals: Arrivals, sent: int) -> int:
+def settled(lead: Lead, sent: int) -> int:
     """How many came, once all have or some time has passed."""
     end = time.monotonic() + SETTLE_S
-    while len(arrivals.late) < sent and time.monotonic() < end:
+    while len(lead.late) < sent and time.monotonic() < end:
         time.sleep(0.05)
-    return len(arrivals.late)
+    return len(lead.late)
 
 
 class Hosts:
     """Many supervisors' ends in one thread: the connections of Lines, without their ways of coming back."""
 
-    def __init__(self, port: int, count: int):
-        self.limits, self.refusals = Limits(), Refusals(print)
+    def __init__(self, port: int, count: int, ping_s: float):
+        self.limits, self.refusals, self.ping_s = Limits(), Refusals(print), ping_s
         self.port, self.count, self.loop = port, count, Loop(self.limits.beat_s)
         self.due: deque[tuple[float, Connection]] = deque()  # in order
+        self.pings: deque[tuple[float, Connection]] = deque()
+        self.echo: dict[Connection, float] = {}
         self.number: dict[Connection, int] = {}
         self.told, self.last, self.behind, self.size = 0, 0.0, 0.0, 0
         self.joined: list[Connection] = []
         for index in range(count):
-            self.dial(f"host-{index:05}")
+            self.dial(name(index))
 
     def dial(self, name: str) -> None:
         sock = socket.socket()
@@ -143,7 +186,11 @@ class Hosts:
         elif kind == wire.WELCOME:
             self.joined.append(connection)
         elif kind == wire.MESSAGE:
-            self.told, self.last = self.told + 1, time.monotonic()
+            said = json.loads(bytes(body))
+            if "pong" in said:
+                self.echo[connection] = said["now"]
+            else:
+                self.told, self.last = self.told + 1, time.monotonic()
 
     def ended(self, connection: Connection, why: str) -> None:
         assert self.told >= self.count, f"{connection.address}: {why}"
@@ -155,7 +202,15 @@ class Hosts:
         starts = sorted(now + rng.random() for _ in self.joined)
         rng.shuffle(self.joined)
         self.due.extend(zip(starts, self.joined))
+        self.pings.extend((now + self.ping_s * index / len(self.joined), host) for index, host in enumerate(self.joined))
         self.number = dict.fromkeys(self.joined, 0)
+
+    def ping(self, now: float) -> None:
+        while self.pings[0][0] <= now:
+            due, connection = self.pings.popleft()
+            asked = {"ping": clock(), "echo": self.echo.get(connection, 0.0), "term": TERM}
+            connection.put(wire.MESSAGE, json.dumps(asked).encode())
+            self.pings.append((due + self.ping_s, connection))
 
     def report(self, now: float) -> None:
         while self.due[0][0] <= now:
@@ -169,25 +224,35 @@ class Hosts:
             self.due.append((due + 1.0, connection))
 
 
+def name(index: int) -> str:
+    return f"host-{index:05}"
+
+
 def progress(number: int, host: str) -> dict[str, Any]:
-    """What a supervisor says of its trainers every second."""
-    trainers = [{"process": 0, "phase": "step", "step": 1000 + number, "sequence": 4 * number, "age": 0.137}]
-    state = {"generation": 7, "memory": 0.63, "disk": 0.41}
-    return {"number": number, "sent": time.monotonic(), "host": host, "trainers": trainers} | state
+    """What a supervisor says of its trainer, and for the benchmark which of its reports this is."""
+    index, now = int(host.rpartition("-")[2]), time.monotonic()
+    counts = dict.fromkeys(pulse.PHASES, 1000 + number)
+    longest = dict.fromkeys(pulse.PHASES, 0.4123456789)
+    about = f"data {index // 8}, fsdp {index % 8}"
+    beat = pulse.Beat(4 * number, 4711, GENERATION, 1000 + number, "step", now - 0.137, about, "snapshot 990", counts, longest)
+    told = packed([verdict.Status(index=index, host=host, pid=4711, beat=beat)])
+    state = {"news": False, "ready": True, "generation": GENERATION, "running": GENERATION}
+    return {"number": number, "sent": now, "term": TERM, "report": told} | state
 
 
-def simulate(port: int, count: int, cores: list[int], pipe: Pipe) -> None:
+def simulate(port: int, count: int, cores: list[int], ping_s: float, pipe: Pipe) -> None:
     """In a process of its own: connects all, reports until told to end, and says how much it sent."""
     os.sched_setaffinity(0, cores)
     more_descriptors()
     pipe.send("dialling")
-    hosts = Hosts(port, count)
+    hosts = Hosts(port, count, ping_s)
     while len(hosts.joined) < count:
         hosts.loop.turn(0.1)
     hosts.schedule()
     while hosts.told < count:
+        hosts.ping(time.monotonic())
         hosts.report(time.monotonic())
-        hosts.loop.turn(hosts.due[0][0] - time.monotonic())
+        hosts.loop.turn(min(hosts.due[0][0], hosts.pings[0][0]) - time.monotonic())
     pipe.send((sum(hosts.number.values()), hosts.size, hosts.last, hosts.behind))
     end = time.monotonic() + DEADLINE_S
     while hosts.count and time.monotonic() < end:  # until the hub hangs up

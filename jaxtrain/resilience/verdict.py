@@ -74,8 +74,8 @@ def of_corruption(found: Verdict, accused: Sequence[int]) -> Verdict:
 def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Beat]) -> Verdict | None:
     """None while all who run are within their deadlines. `seen`: pulses to learn from."""
     running = [s for s in statuses if s.code is None and s.beat]
-    allowed = {s.index: deadlines.allowed(s.beat.phase, seen) for s in running}
-    late = {s.index for s in running if s.beat.age() > allowed[s.index]}
+    allowed = {phase: deadlines.allowed(phase, seen) for phase in {s.beat.phase for s in running}}
+    late = {s.index for s in running if s.beat.age() > allowed[s.beat.phase]}
     culprits = behind(running) if late else []
     if not late.intersection(s.index for s in culprits):  # who is late may wait for one that has time left
         return None
@@ -86,7 +86,7 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
     where = f", in {one.frame}" if one.frame else ""
     line = (
         f"{who} {how} for {one.beat.age():.1f} s at step {one.beat.step} in phase {one.beat.phase}{where}"
-        f" (allowed: {allowed[one.index]:.1f} s)" + (f"; {waiting} others wait for it" if waiting else "")
+        f" (allowed: {allowed[one.beat.phase]:.1f} s)" + (f"; {waiting} others wait for it" if waiting else "")
     )
     return Verdict(what="hang", culprits=tuple(s.index for s in culprits), line=line, statuses=statuses)
 
@@ -97,7 +97,8 @@ def behind(running: Sequence[Status]) -> list[Status]:
     who has been silent longest."""
     if found := [s for s in running if s.stopped] or cut_off(running):
         return found
-    least = [s for s in running if s.beat.sequence == min(s.beat.sequence for s in running)]
+    first = min(s.beat.sequence for s in running)
+    least = [s for s in running if s.beat.sequence == first]
     if len(least) < len(running):
         return least
     frame, many = Counter(s.frame for s in least).most_common(1)[0]

@@ -124,3 +124,11 @@ def test_who_is_late_is_not_to_blame_while_it_waits_for_one_that_has_time_left()
     assert verdict.of_hang([waits, saves], Deadlines(floor=10), known) is None
     late = status(1, phase="save", age=LEAST["save"] + 1)
     assert verdict.of_hang([waits, late], Deadlines(floor=10), known).culprits == (1,)
+
+
+def test_thousands_of_trainers_are_judged_at_once():
+    known = beat(longest={phase: 0.1 for phase in PHASES}, counts={phase: 100 for phase in PHASES})
+    many = [status(i, longest=known.longest, counts=known.counts) for i in range(4096)]
+    begin = time.process_time()
+    assert verdict.of_hang(many, Deadlines(floor=10), [s.beat for s in many]) is None
+    assert time.process_time() - begin < 1.0
