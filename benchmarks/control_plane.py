@@ -2,8 +2,8 @@
 
     python -m benchmarks.control_plane [--hosts N] [--seconds N] [--payload MEGABYTES] [--out FILE.json]
 
-The lead has a core of its own, the hosts are one process on the others; each reports every second, as a follower does
-of one trainer, and asks as often as it would for the right to let it run. A report is late by the time from its sending
+The lead has a core of its own, the hosts are one process on the others; each reports its one trainer every
+second (followers do so every 4 s where they are 4,096) and asks as often as it would for the right to let it run. A report is late by the time from its sending
 to the hub's callback. The lead's share of its core is that of its whole process: its term and its leash, rights and
 signs of life to all hosts, reports taken in, and at every look all statuses judged for a hang.
 """
@@ -90,13 +90,17 @@ class Lead(Node):
             self.next[name] = message["number"] + 1
         super()._received(name, message, payload)
 
+    def close(self) -> None:
+        super().close()
+        self._tenure.close()
+
     def watch(self, seconds: float) -> int:
         """How many looks there were; each found all hosts well, and their rights in force."""
         end, looks, pause = time.monotonic() + seconds, 0, self._hosts / LOOKED_AT_A_SECOND
         while time.monotonic() < end:
             time.sleep(pause)
             self._remotes.hear()
-            assert self._tenure.leads() and all(until > clock() for until in self.promised.values())
+            assert self._tenure.leads() and all(until > clock() for until in [*self.promised.values()])
             statuses = [status for remote in self._remotes for status in remote.statuses]
             beats = [status.beat for status in statuses]
             assert verdict.of_hang(statuses, Deadlines(), beats) is None
@@ -108,7 +112,7 @@ def reports(hosts: int, seconds: float, cores: list[int]) -> dict[str, float]:
     os.sched_setaffinity(0, cores[:1])
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    with tempfile.TemporaryDirectory() as folder, closing(Lead(hosts, Path(folder))) as lead:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, closing(Lead(hosts, Path(folder))) as lead:
         given = (lead.hub.port, hosts, cores[1:] or cores, lead.pause_s, theirs)
         simulated = context.Process(target=simulate, args=given, daemon=True)
         simulated.start()

@@ -32,7 +32,28 @@ def within(deadline: Deadline, work: Callable[[], T]) -> T:
 
     Raises TimeoutError then, which is an OSError.
     """
-    return in_background(work).result(deadline.left())
+    future = in_background(work)
+    try:
+        return future.result(deadline.left())
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"no answer within {deadline.seconds:g} s") from None
+
+
+class Lately:
+    """What `work` answered last, asked again beside the caller each time: it waits for nothing. None until it is known."""
+
+    def __init__(self, work: Callable[[], object]):
+        self._work, self._last = work, None
+        self._asked: Future[object] | None = None
+
+    def __call__(self) -> object:
+        if self._asked is None or self._asked.done():
+            if self._asked and not self._asked.exception():
+                self._last = self._asked.result()
+            self._asked = in_background(self._work)
+        return self._last
 
 
 def in_background(work: Callable[[], T], *, yielding: bool = False) -> Future[T]:

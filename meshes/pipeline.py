@@ -367,10 +367,12 @@ class _Pull:
 class _Layout:
     """Buffers that hold what any of several virtual stages keeps.
 
-    Two stages share a buffer for what is the same in both but for the number of layers: it is laid out alike, where
+    Two stages share buffers for what is the same in both but for the number of layers: it is laid out alike, where
     arrays of two roles would be exchanged between devices on their way through one buffer. A stage's leaves come stack
-    by stack, so those of the stacks that two have in common are a run in both.
+    by stack, so those of the stacks that two have in common are a long run in both.
     """
+
+    RUN = 8  # leaves of one shape after another: fewer may be alike by chance
 
     def __init__(self, kept: Sequence[Sequence[Any]]):
         self._shapes: list[tuple[tuple[int, ...], Any]] = []
@@ -378,9 +380,7 @@ class _Layout:
         known: list[tuple] = []  # of each buffer, what its arrays have in common
         for leaves in sorted(kept, key=len, reverse=True):
             like = [_like(leaf) for leaf in leaves]
-            numbers: list[int | None] = [None] * len(like)
-            for buffer, first, size in SequenceMatcher(None, known, like, autojunk=False).get_matching_blocks():
-                numbers[first : first + size] = range(buffer, buffer + size)
+            numbers = self._of.get(tuple(like)) or self._matched(known, like)
             for i, leaf in enumerate(leaves):
                 if numbers[i] is None:
                     numbers[i] = len(known)
@@ -389,6 +389,13 @@ class _Layout:
                 rows = max(leaf.shape[:1], self._shapes[numbers[i]][0][:1])
                 self._shapes[numbers[i]] = ((*rows, *leaf.shape[1:]), leaf.dtype)
             self._of[tuple(like)] = numbers
+
+    def _matched(self, known: list[tuple], like: list[tuple]) -> list[int | None]:
+        numbers: list[int | None] = [None] * len(like)
+        for buffer, first, size in SequenceMatcher(None, known, like, autojunk=False).get_matching_blocks():
+            if size >= self.RUN:
+                numbers[first : first + size] = range(buffer, buffer + size)
+        return numbers
 
     def _numbers(self, leaves: Sequence[Any]) -> list[int]:
         """The buffer of each leaf."""

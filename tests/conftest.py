@@ -2,15 +2,14 @@
 
 import os
 
+from jaxtrain import runtime
+from jaxtrain.xla import add_known
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the time of tests with tiny arrays; without LLVM's optimisations it takes a quarter. On a busy
-# machine eight devices on two cores may wait longer for each other than the 40 s after which XLA aborts. The third: as
-# jaxtrain.runtime sets it.
-FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    " --xla_enable_hlo_sharding_v3=false"
-)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+# machine eight devices on two cores may wait longer for each other than the 40 s after which XLA aborts.
+FLAGS = {"xla_backend_optimization_level": "0", "xla_cpu_collective_call_terminate_timeout_seconds": "600"}
+add_known(runtime.FLAGS | FLAGS)
 
 import jax
 

@@ -3,13 +3,15 @@ command runs; goes on when they fail."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import dataclass, fields
 
-from jaxtrain.background import Deadline, within
+from jaxtrain.background import Deadline, Lately, within
 from jaxtrain.checkpoint.files import steps
 from jaxtrain.command import parse as parse_trainer
+from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError, closest
 from jaxtrain.resilience import faults, injection
 from jaxtrain.resilience.crew import Terms
@@ -37,7 +39,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """jaxtrain launch [--processes N] [--devices-per-process N] [--spares N] [--fault FAULT]... CONFIG [flags and overrides of jaxtrain train]"""
     if "-h" in argv or "--help" in argv:
-        kinds = "\n".join(f"  {kind:<12}{what}" for kind, what in faults.KINDS.items())
+        kinds = faults.described()
         flags = "\n".join(f"  --{f.name.replace('_', '-')} (default: {f.default or 'none'})" for f in fields(Options))
         print(f"usage: {main.__doc__}\n\n{flags}\n\nfaults, as KIND:process=1,step=30,phase=step or KIND:seed=7:\n{kinds}")
         return 0
@@ -56,8 +58,8 @@ def main(argv: list[str]) -> int:
     if hosts is None:
         host = Host(argv, options.processes, memory_folder(config.run_dir), changed, env)
         return Lead(host, config.run_dir, changed, config.watch, injected).run()
-    if (saved := steps(config.run_dir / "checkpoints")[-1:]) >= [config.steps] and ended_with(config.run_dir) == 0:
-        print(f"the run has ended, at step {saved[0]}: this host came late")
+    if _is_over(config):
+        print(f"the run has ended, at step {config.steps}: this host came late")
         return 0
     devices = devices or call.process.fake_devices or local_gpus() or 1
     fits = Fits(config, devices * options.processes, _trained_on(hosts, options.spares))
@@ -69,11 +71,19 @@ def main(argv: list[str]) -> int:
     terms = Terms(
         fits=fits,
         buddies=fits.buddies if config.snapshot.buddies else None,
-        moment=lambda: within(Deadline(1.0), lambda: steps(config.run_dir / "checkpoints")[-1:]),
+        moment=Lately(lambda: steps(config.run_dir / "checkpoints")[-1:]),
         spares=options.spares,
     )
     snapshots = place(config.snapshot, config.name, {FOLDER: str(memory)})
     return supervise(host, hosts, config.run_dir, secret, changed, config.watch, terms, injected, snapshots)
+
+
+def _is_over(config: RunConfig) -> bool:
+    """False too where the run folder does not answer: that is said by whoever needs it."""
+    reached = lambda: max(steps(config.run_dir / "checkpoints"), default=0) >= config.steps  # noqa: E731
+    with contextlib.suppress(OSError):
+        return within(Deadline(10.0), reached) and ended_with(config.run_dir) == 0
+    return False
 
 
 def _trained_on(hosts: Roster, spares: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 import time
 from collections import deque
@@ -15,7 +17,7 @@ from jaxtrain.errors import RunError
 from jaxtrain.observe.sinks import Row, Sink, Value, Writer
 
 
-ROWS = 100_000  # of one sink that may wait for a disk: some 50 MB
+WAITING_BYTES = 64 << 20  # of one sink's rows, as JSON, that may wait for a disk
 
 
 class Recorder:
@@ -36,13 +38,20 @@ class Recorder:
             writer.write(row)
 
     def flush(self) -> None:
+        """Raises RunError where a disk took rows and cannot keep them."""
         for writer in self._writers:
             writer.flush()
 
     def close(self) -> None:
         """Raises RunError where rows are lost."""
+        errors = []
         for writer in self._writers:
-            writer.close()
+            try:
+                writer.close()
+            except RunError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class _Patient:
@@ -51,48 +60,59 @@ class _Patient:
     def __init__(self, writer: Writer, run_dir: Path):
         self._writer, self._run_dir = writer, run_dir
         self._waiting: deque[Row] = deque()
-        self._why = ""
+        self._size, self._why = 0, ""
 
     def write(self, row: Row) -> None:
         self._waiting.append(row)
         self._try()
-        if len(self._waiting) > ROWS:
+        self._size = self._size + len(json.dumps(row)) if self._waiting else 0
+        if self._size > WAITING_BYTES:
             raise self._lost()
 
     def flush(self) -> None:
-        self._try(self._writer.flush)
+        """What waits is not there to be kept; but what a disk took and cannot keep has to be computed again."""
+        self._try()
+        if not self._waiting:
+            self._final(self._writer.flush)
 
     def close(self) -> None:
-        self._try(self._writer.flush)
-        try:
-            self._writer.close()
-        except OSError as error:
-            self._why = self._why or _reason(error)
-        if self._why:
+        self._try()
+        self._final(self._writer.close)
+        if self._waiting:
             raise self._lost()
 
-    def _try(self, then: Callable[[], None] = lambda: None) -> None:
+    def _try(self) -> None:
         many = len(self._waiting)
         try:
             while self._waiting:
-                self._writer.write(self._waiting[0])
-                self._waiting.popleft()
-            then()
+                self._writer.write(row := self._waiting.popleft())
         except OSError as error:
+            self._waiting.appendleft(row)
             if not self._why:
                 self._say(f"METRICS ARE NOT WRITTEN ({_reason(error)}): rows wait in memory")
             self._why = _reason(error)
             return
         if self._why:
-            self._say(f"metrics are written again, {many} rows that waited too")
+            self._say(f"metrics are written again, {many} rows at once")
         self._why = ""
 
+    def _final(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            raise _unwritten("cannot write metrics", self._run_dir, f"{_reason(error)} ({self._name})") from error
+
+    @property
+    def _name(self) -> str:
+        return type(self._writer).__name__
+
     def _say(self, line: str) -> None:
-        print(f"{type(self._writer).__name__}: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may be a file on the same disk
+            print(f"{self._name}: {line}", file=sys.stderr, flush=True)
 
     def _lost(self) -> RunError:
-        what = f"{len(self._waiting)} rows of metrics were not written" if self._waiting else "cannot write metrics"
-        return _unwritten(what, self._run_dir, f"{self._why} ({type(self._writer).__name__})")
+        what = f"{len(self._waiting)} rows of metrics were not written"
+        return _unwritten(what, self._run_dir, f"{self._why} ({self._name})")
 
 
 def _reason(error: OSError) -> str:

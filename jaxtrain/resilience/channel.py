@@ -22,8 +22,9 @@ from typing import Any
 
 from jaxtrain.resilience import wire
 from jaxtrain.resilience.connection import GONE, HERE, SILENT, Connection, Limits, state_after
-from jaxtrain.resilience.end import End, say
+from jaxtrain.resilience.end import End
 from jaxtrain.resilience.listening import listen, more_descriptors, split
+from jaxtrain.resilience.say import as_channel
 from jaxtrain.resilience.wire import Message, Payload, Refused
 
 __all__ = ["GONE", "HERE", "SILENT", "Hub", "Limits", "Line", "Peer"]
@@ -63,7 +64,7 @@ class Hub(End):
         *,
         on_change: Callable[[str, str], object] = lambda name, state: None,
         limits: Limits = Limits(),
-        log: Callable[[str], None] = say,
+        log: Callable[[str], None] = as_channel,
     ):
         more_descriptors()
         self._server = listen(address)
@@ -201,7 +202,7 @@ class Line(End):
         *,
         on_change: Callable[[str], object] = lambda state: None,
         limits: Limits = Limits(),
-        log: Callable[[str], None] = say,
+        log: Callable[[str], None] = as_channel,
     ):
         assert _is_name(name), f"a name has 1 to {NAME_CHARS} printable ASCII characters: {name!r}"
         self._host, self._port = split(address)

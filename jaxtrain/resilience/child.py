@@ -80,7 +80,7 @@ class Child:
                 self.ready = True
                 self._changed.set()
                 continue
-            with _lock, contextlib.suppress(BrokenPipeError):  # a reader that left does not stop the run
+            with _lock, contextlib.suppress(OSError):  # a reader that left, or a full disk, does not stop the run
                 sink.write(f"{self.head}{line}\n")
                 sink.flush()
 

@@ -17,8 +17,9 @@ from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.host import Host, Plan
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import Node
-from jaxtrain.resilience.remotes import GONE_S, Deposed, Remotes, say
+from jaxtrain.resilience.remotes import GONE_S, Deposed, Remotes
 from jaxtrain.resilience.report import with_evidence
+from jaxtrain.resilience.say import as_lead
 from jaxtrain.resilience.stock import Part, Stock, missing
 from jaxtrain.resilience.tenure import VARIABLE, Tenure
 from jaxtrain.resilience.verdict import Status, Verdict
@@ -37,12 +38,12 @@ class Terms:
 
     `fits`: what so many hosts add to the trainers' command line, or None where the config does not run on them.
     `buddies`: on so many hosts, by place, which one keeps whose snapshots. `moment` changes with every new state to go on
-    from; it may raise OSError. `spares`: hosts that do not train while all are well.
+    from; None: it is not known yet. `spares`: hosts that do not train while all are well.
     """
 
     fits: Callable[[int], list[str] | None]
     buddies: Callable[[int], list[int | None]] | None = None
-    moment: Callable[[], object] = lambda: None
+    moment: Callable[[], object] = lambda: ""
     spares: int = 0
 
 
@@ -197,7 +198,7 @@ class Crew:
         end = time.monotonic() + GATHER_S
         asked = [name for name in self._others() if self._remotes.ask(name, {"order": "gather", "folder": str(folder)})]
         rows = {s.index: s for s in self._own.gather([s for s in statuses if s.host == self.name], folder)}
-        self._remotes.wait(asked, end - time.monotonic())
+        self._remotes.wait(asked, max(0.5, end - time.monotonic()))
         told = {int(i): row for name in asked for i, row in self._remotes[name].done.get("gathered", {}).items()}
         return [rows.get(s.index) or with_evidence(s, told.get(s.index, {})) for s in statuses]
 
@@ -205,7 +206,7 @@ class Crew:
         """The hosts of these trainers train no more, where others can; which those are."""
         names = sorted({self._members[index // self._own.processes] for index in processes if index < self.processes})
         if names and not self._best(len([name for name in self._able() if name not in names])):
-            say(f"{', '.join(names)} should train no more, but without it the hosts are too few")
+            as_lead(f"{', '.join(names)} should train no more, but without it the hosts are too few")
             return []
         self._aside |= {*names}
         return names
@@ -244,7 +245,7 @@ class Crew:
         if self._members != before or self._plan is None:
             spare = [name for name in able if name not in self._members]
             more = self._terms.fits(size)
-            say(
+            as_lead(
                 f"hosts {', '.join(self._members)} train"
                 + (f"; {', '.join(spare)} wait as spares" if spare else "")
                 + (f"; the batch is the same, {' '.join(more)}" if more else "")
@@ -265,7 +266,7 @@ class Crew:
         sent = all([self._stock.send(parts, to) for to, parts in own.items()])
         self._remotes.wait(orders, RESTOCK_S)
         if not sent or not all(self._remotes[name].done.get("sent") for name in orders):
-            say("not all hosts have what they need of the newest snapshot")
+            as_lead("not all hosts have what they need of the newest snapshot")
 
     def _lost(self, names: list[str]) -> Verdict:
         statuses, each = self.statuses(), self._own.processes
@@ -285,9 +286,8 @@ class Crew:
         if size <= len(self._members) or not all(self._remotes[name].ready for name in fresh):
             self._grow_from = None
             return None
-        try:
-            moment = self._terms.moment()
-        except OSError:  # the run folder does not answer now
+        moment = self._terms.moment()
+        if moment is None:
             return None
         self._grow_from = self._grow_from or (moment,)
         if self._grow_from == (moment,):
@@ -307,4 +307,4 @@ class Crew:
     def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
-            say(line)
+            as_lead(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable
 
@@ -10,9 +9,6 @@ from jaxtrain.resilience import wire
 from jaxtrain.resilience.connection import GONE, Connection, Limits, Loop, Refusals
 from jaxtrain.resilience.wire import Message, Payload
 
-
-def say(line: str) -> None:
-    print(f"[channel] {line}", file=sys.stderr, flush=True)
 
 
 class End:

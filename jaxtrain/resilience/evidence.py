@@ -1,4 +1,4 @@
-"""Stacks and connections of trainers that hang, gathered within seconds into the run folder while they still live. It judges nobody."""
+"""Stacks and connections of trainers that hang, gathered within seconds, while they live, into the run folder. It judges nobody."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jaxtrain.background import Deadline, within
 from jaxtrain.resilience.links import Link, links
+from jaxtrain.resilience.say import as_host
 from jaxtrain.resilience.verdict import Status
 
 GATHER_S = 7.0  # for the stacks
@@ -50,7 +51,7 @@ def _keep(folder: Path, files: Mapping[str, str]) -> None:
     try:
         within(Deadline(WRITE_S), write)
     except OSError as error:
-        print(f"[host] the evidence is not kept: {error or 'the disk does not answer'}", file=sys.stderr, flush=True)
+        as_host(f"the evidence is not kept: {error}")
 
 
 def _about(status: Status) -> str:

@@ -27,8 +27,8 @@ KINDS = {
     "flip-bit": "a bit changes, `where`: params, opt, grads, or file (of the newest checkpoint)",
     "nan": "an example that is read next has a weight that is no number",
     "clock-jump": "the wall clock goes `seconds` ahead",
-    "cut-network": "nothing comes through to it for `seconds`, in a job of several hosts to its whole host (Linux)",
-    "delay-network": "from then on, in each step, what is sent to it comes `seconds` later (Linux)",
+    "cut-network": "nothing comes through to it for `seconds`; of several hosts, to all trainers of its host and their supervisor",
+    "delay-network": "in each step what is sent to it for `seconds` is lost, and comes when it is sent again, 0.2 s later",
 }
 HANGING = ("stop", "hang", "stall-data", "cut-network")
 ENDING = ("kill", "exception", "exit", "abort", "oom", *HANGING)  # those that end a generation
@@ -52,6 +52,11 @@ class Fault:
     seconds: float = 1.0  # of slow, stall-save, clock-jump and the network's
     where: str = "params"  # of flip-bit
     seed: int = 0  # what is left to `placed` is drawn with it; 0: process 0, step 1, phase step
+
+
+def described() -> str:
+    """The kinds, a line each."""
+    return "\n".join(f"  {kind:<{max(map(len, KINDS)) + 2}}{what}" for kind, what in KINDS.items())
 
 
 def parse(text: str) -> Fault:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from jaxtrain.resilience.host import Host, Plan
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import HERE, Node
 from jaxtrain.resilience.report import packed
+from jaxtrain.resilience.say import as_host
 from jaxtrain.resilience.stock import Part, Stock
 from jaxtrain.resilience.tenure import TAKEN, Tenure
 from jaxtrain.resilience.verdict import Status, Verdict
@@ -90,7 +90,7 @@ class Follower:
                 return order["end"]
             self._obey(order)
         if self._host.running() and clock() >= self._node.until():
-            _say("the lead is not heard: the trainers of this host are ended")
+            as_host("the lead is not heard: the trainers of this host are ended")
             self._fence()
         self._report()
         return self._alone(here)
@@ -114,7 +114,7 @@ class Follower:
                 if self._tenure.claim():
                     self._node.follow(self._tenure.newest)
             except OSError as error:
-                _say(f"cannot take the lead: {error}")
+                as_host(f"cannot take the lead: {error}")
                 time.sleep(TURN_S)
         elif clock() - self._led > LEADERLESS_S:
             raise RunError(
@@ -202,9 +202,3 @@ class Follower:
 
 def _parts(rows: list[list[Any]]) -> list[Part]:
     return [Part(*row) for row in rows]
-
-
-def _say(line: str) -> None:
-    print(f"[host] {line}", file=sys.stderr, flush=True)
-
-

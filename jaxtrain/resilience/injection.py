@@ -106,10 +106,11 @@ def _cut(fault: Fault) -> None:
 
 
 def obey(faults: Sequence[Fault], pids: Callable[[], tuple[str, list[int]]]) -> None:
-    """In a host's supervisor: does what a trainer asks for that is to cut the whole host off. `pids`: its trainers."""
-    for fault in [fault for fault in faults if fault.kind == "cut-network"][:1]:
-        cut = lambda *_: deafness.deafen(lambda: [os.getpid(), *pids()[1]], fault.seconds)  # noqa: E731
-        signal.signal(signal.SIGUSR1, cut)
+    """In a host's supervisor: does what a trainer asks for that is to cut the whole host off, as long as the longest of
+    these faults. `pids`: its trainers."""
+    seconds = max((fault.seconds for fault in faults if fault.kind == "cut-network"), default=0.0)
+    if seconds:
+        signal.signal(signal.SIGUSR1, lambda *_: deafness.deafen(lambda: [os.getpid(), *pids()[1]], seconds))
 
 
 _flips: list[Fault] = []  # of the state that the running step gives

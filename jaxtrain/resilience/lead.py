@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
 from jaxtrain.resilience.pulse import Beat
+from jaxtrain.resilience.say import as_lead
 from jaxtrain.resilience.verdict import Status, Verdict, as_shell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -179,7 +179,7 @@ class Lead:
                 self._host.prepare(self._host.processes)
                 prepared = True
             if prepared and not said and self._host.ready():
-                _say("standbys are ready")
+                as_lead("standbys are ready")
                 said = True
             sure = time.monotonic() > awake + self._deadlines.floor and not self._host.unsure()
             if sure and (hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats)):
@@ -226,7 +226,7 @@ class Lead:
         for line in filter(None, [*self._vitals.complaints(), slow]):
             if line not in self._said:
                 self._said.add(line)
-                _say(line)
+                as_lead(line)
 
     def _exits(self) -> int | Verdict:
         """After an exit code that is not 0: the run's own, where it was told to stop or cannot be run, or the verdict."""
@@ -243,7 +243,7 @@ class Lead:
         try:
             accused = within(Deadline(DISK_S), lambda: verified.accused(self._run_dir))
         except OSError as error:
-            _say(f"who is to blame is not known, {self._run_dir} cannot be read: {error}")
+            as_lead(f"who is to blame is not known, {self._run_dir} cannot be read: {error}")
             accused = []
         found, aside = verdict.of_corruption(found, accused), self._host.put_aside(accused)
         if aside:
@@ -257,7 +257,7 @@ class Lead:
             self._changed.clear()
         statuses = self._host.statuses()
         if left := [s.index for s in statuses if s.code is None]:
-            _say(f"ending processes {left}, which did not end by themselves in {limit_s:.0f} s")
+            as_lead(f"ending processes {left}, which did not end by themselves in {limit_s:.0f} s")
         ended = sorted((s for s in statuses if s.code), key=lambda s: s.ended)
         return as_shell(ended[0].code) if ended else 1
 
@@ -275,7 +275,7 @@ class Lead:
         after = {s.index: s.beat.sequence for s in self._host.statuses() if s.beat}
         moved = any(after.get(index) != sequence for index, sequence in before.items())
         if moved:
-            _say(f"no incident, it went on: {hang.line}")
+            as_lead(f"no incident, it went on: {hang.line}")
         return moved
 
     def _after(self, found: Verdict, alive: list[str], times: dict[str, float]) -> None:
@@ -291,7 +291,7 @@ class Lead:
         silent = [s.beat.since for s in found.statuses if s.index in found.culprits and s.beat]
         began = began or min(silent, default=self._noticed)
         self._incident = Incident(self._count, found, step, began, self._noticed, times)
-        _say(f"incident {self._count}: {found.line}")
+        as_lead(f"incident {self._count}: {found.line}")
         if alive:
             raise RunError(
                 "a trainer could not be killed.",
@@ -312,7 +312,7 @@ class Lead:
         trained = any(s.beat and s.beat.phase not in ("start", "restore") for s in found.statuses)
         seconds = 0.0 if trained else PAUSES_S[self._failures - 1]
         if seconds:
-            _say(f"the next attempt comes in {seconds:.0f} s")
+            as_lead(f"the next attempt comes in {seconds:.0f} s")
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._signals:
             self._changed.wait(self._host.poll_s)
@@ -324,8 +324,8 @@ class Lead:
         try:
             within(Deadline(DISK_S), lambda: _append(self._run_dir / FILE, json.dumps(row) + "\n"))
         except OSError as error:  # a full disk is no reason to stop a run that goes on
-            _say(f"incident {incident.number} is not recorded: {error}")
-        _say(f"incident {incident.number}: over after {row['recovery_seconds']:.1f} s, {row['replayed_steps']} steps again")
+            as_lead(f"incident {incident.number} is not recorded: {error}")
+        as_lead(f"incident {incident.number}: over after {row['recovery_seconds']:.1f} s, {row['replayed_steps']} steps again")
 
     def _forward(self, number: int, frame: object) -> None:
         self._signals.append(number)
@@ -350,7 +350,3 @@ def _unfinished(statuses: list[Status]) -> Verdict:
     late = tuple(s.index for s in statuses if s.code is None)
     line = f"processes {list(late)} did not end within {FINISH_S:.0f} s of the first that was done"
     return Verdict(what="hang", culprits=late, line=line, statuses=statuses)
-
-
-def _say(line: str) -> None:
-    print(f"[lead] {line}", file=sys.stderr, flush=True)

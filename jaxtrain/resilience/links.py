@@ -1,4 +1,4 @@
-"""A process's TCP connections as the kernel sees them, and which of them nobody acknowledges any more (Linux). It judges nobody."""
+"""A process's TCP connections as the kernel sees them, and which of them nobody acknowledges (Linux). It judges nobody."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-RESENDS = 3  # of one segment, a second and a half at least, after which a link is stuck; a process that hangs or is stopped acknowledges
+RESENDS = 3  # of one segment, in 1.4 s, after which a link is stuck; for a process that hangs the kernel acknowledges
 _ESTABLISHED = "01"
 
 

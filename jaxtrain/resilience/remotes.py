@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from jaxtrain.resilience.host import Plan, generation_name
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import GONE, HERE, SILENT, Node
 from jaxtrain.resilience.report import unpacked
+from jaxtrain.resilience.say import as_lead
 from jaxtrain.resilience.tenure import Tenure
 from jaxtrain.resilience.verdict import Status
 
@@ -172,14 +172,10 @@ class Remotes:
         if hello["instance"] != remote.instance:
             remote.asked, remote.ready, remote.reborn = {}, False, True
             self._node.withheld.discard(name)
-            say(f"host {name} has joined")
+            as_lead(f"host {name} has joined")
         elif remote.asked:
             self._node.order(name, remote.asked)  # it may have been lost with the old connection
         if not remote.reborn and name in self._training and remote.generation < self._plan.generation:
             self._node.order(name, remote.part)
         remote.instance, remote.shape = hello["instance"], hello["shape"]
         self._node.order(name, {"order": "prepare"})
-
-
-def say(line: str) -> None:
-    print(f"[lead] {line}", file=sys.stderr, flush=True)

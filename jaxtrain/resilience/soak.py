@@ -22,7 +22,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.errors import ConfigError, RunError, closest
 from jaxtrain.exits import AGAIN
 from jaxtrain.resilience import pulse
-from jaxtrain.resilience.faults import ENDING, HANGING, KINDS, LEAVING, PHASES, TOLERATED, Fault, as_flag
+from jaxtrain.resilience.faults import ENDING, HANGING, LEAVING, PHASES, TOLERATED, Fault, as_flag, described
 from jaxtrain.resilience.host import memory_folder
 from jaxtrain.resilience.verdict import code_in_words
 
@@ -47,7 +47,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """jaxtrain faults [soak CONFIG [--count N] [--seed N] [--processes N] [--kinds KIND ...] [--json FILE] [overrides]]"""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {main.__doc__}\n\n" + "\n".join(f"  {kind:<12}{what}" for kind, what in KINDS.items()))
+        print(f"usage: {main.__doc__}\n\n" + described())
         return 0
     if argv[0] != "soak":
         raise ConfigError(f"jaxtrain faults has no {argv[0]!r}.", fix=closest(argv[0], ["soak"]))
@@ -86,7 +86,8 @@ def main(argv: list[str]) -> int:
 
 
 def draw(options: Options, config: RunConfig) -> list[Fault]:
-    """Faults spread evenly over the run, at a random step and process; one that ends its generation, or the launch, is the last of it.
+    """Faults spread evenly over the run, at a random step and process; the last of a generation, or launch, is one that
+    ends it.
 
     Each comes within its own part of the run, steps after the one before: else nothing would be new in between.
     """
@@ -134,11 +135,14 @@ def launch(command: Sequence[str], run_dir: Path, processes: int, faults: Sequen
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         child = subprocess.Popen(full, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        while child.poll() is None:
-            time.sleep(LOOK_S)
-            beat = None if first else pulse.read(memory_folder(run_dir) / "1.0.pulse")
-            if beat and beat.since > began and beat.counts["metrics"]:
-                first = beat
+        try:
+            while child.poll() is None:
+                time.sleep(LOOK_S)
+                beat = None if first else pulse.read(memory_folder(run_dir) / "1.0.pulse")
+                if beat and beat.since > began and beat.counts["metrics"]:
+                    first = beat
+        finally:
+            child.kill()
     return Ended(child.returncode, time.monotonic(), first and first.since, first.restored if first else "")
 
 

@@ -14,8 +14,9 @@ from jaxtrain.resilience.follow import Follower
 from jaxtrain.resilience.host import Host
 from jaxtrain.resilience.lead import Lead
 from jaxtrain.resilience.node import Node
-from jaxtrain.resilience.remotes import Deposed, say
+from jaxtrain.resilience.remotes import Deposed
 from jaxtrain.resilience.roster import Roster
+from jaxtrain.resilience.say import as_lead
 from jaxtrain.resilience.stock import Stock
 from jaxtrain.resilience.tenure import Tenure
 
@@ -42,14 +43,14 @@ def supervise(
             code = follower.run()
             if code is not None:
                 return code
-            say(f"host {host.name} leads, term {tenure.mine}")
+            as_lead(f"host {host.name} leads, term {tenure.mine}")
             lost, why = follower.took_over()
             crew = Crew(host, node, tenure, changed, stock, terms, lost, follower.early)
             lead = Lead(crew, run_dir, changed, watch, env, why)
             try:
                 return _ended(lead.run(), node, tenure)
             except Deposed:
-                say(f"host {host.name} leads no more")
+                as_lead(f"host {host.name} leads no more")
                 host.fence()
             except UserError as error:
                 _ended(getattr(error, "exit_code", Exit.FAILED), node, tenure)

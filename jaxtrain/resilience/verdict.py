@@ -12,6 +12,9 @@ from jaxtrain.resilience.links import Link
 from jaxtrain.resilience.pulse import Beat
 
 
+NO_PROGRESS, CUT_OFF = "made no progress", "is cut off and made no progress"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Status:
     """What a supervisor sees of one trainer. `code`: its exit code, negative for a signal; None while it runs."""
@@ -76,13 +79,12 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
     running = [s for s in statuses if s.code is None and s.beat]
     allowed = {phase: deadlines.allowed(phase, seen) for phase in {s.beat.phase for s in running}}
     late = {s.index for s in running if s.beat.age() > allowed[s.beat.phase]}
-    culprits = behind(running) if late else []
-    if not late.intersection(s.index for s in culprits):  # who is late may wait for one that has time left
+    culprits, how = behind(running) if late else ([], "")
+    if how != CUT_OFF and not late.intersection(s.index for s in culprits):  # who is late may wait for one that has time left
         return None
     waiting = len(running) - len(culprits)
     who = ", ".join(s.place for s in culprits)
     one = culprits[0]
-    how = "was stopped" if one.stopped else "is cut off and made no progress" if culprits == cut_off(running) else "made no progress"
     where = f", in {one.frame}" if one.frame else ""
     line = (
         f"{who} {how} for {one.beat.age():.1f} s at step {one.beat.step} in phase {one.beat.phase}{where}"
@@ -91,20 +93,22 @@ def of_hang(statuses: Sequence[Status], deadlines: Deadlines, seen: Sequence[Bea
     return Verdict(what="hang", culprits=tuple(s.index for s in culprits), line=line, statuses=statuses)
 
 
-def behind(running: Sequence[Status]) -> list[Status]:
-    """Those that the others wait for: the stopped; else who is cut off; else who came least far, by the numbers of
-    their beats, since all go through the same phases in the same order; of equals, who stands elsewhere than most; else
-    who has been silent longest."""
-    if found := [s for s in running if s.stopped] or cut_off(running):
-        return found
+def behind(running: Sequence[Status]) -> tuple[list[Status], str]:
+    """Those that the others wait for, and how they fell behind: the stopped; else who is cut off; else who came least
+    far, by the numbers of their beats, since all go through the same phases in the same order; of equals, who stands
+    elsewhere than most; else who has been silent longest."""
+    if stopped := [s for s in running if s.stopped]:
+        return stopped, "was stopped"
+    if cut := cut_off(running):
+        return cut, CUT_OFF
     first = min(s.beat.sequence for s in running)
     least = [s for s in running if s.beat.sequence == first]
     if len(least) < len(running):
-        return least
+        return least, NO_PROGRESS
     frame, many = Counter(s.frame for s in least).most_common(1)[0]
     if frame and len(least) / 2 < many < len(least):
-        return [s for s in least if s.frame != frame]
-    return [min(least, key=lambda s: s.beat.since)]
+        return [s for s in least if s.frame != frame], NO_PROGRESS
+    return [min(least, key=lambda s: s.beat.since)], NO_PROGRESS
 
 
 def cut_off(running: Sequence[Status]) -> list[Status]:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -48,7 +49,7 @@ class Vitals:
                     yield f"{name} does not answer"
                 continue
             yield from found.result() if found else ()
-            self._asked[name] = time.monotonic(), in_background(lambda look=look: list(look()))
+            self._asked[name] = time.monotonic(), in_background(partial(_looked, name, look))
 
 
 class Pace:
@@ -80,13 +81,16 @@ class Pace:
         return statistics.median(self._windows) if len(self._windows) >= 3 else None
 
 
+def _looked(name: str, look: Callable[[], Iterator[str]]) -> list[str]:
+    try:
+        return list(look())
+    except (OSError, LookupError, ValueError) as error:  # as a file server that has lost its disk
+        return [f"{name} cannot be looked at: {error}"]
+
+
 def _disk(run_dir: Path) -> Iterator[str]:
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    try:
-        usage = shutil.disk_usage(folder)
-    except OSError as error:
-        yield f"the disk of {run_dir} does not answer: {error.strerror}"
-        return
+    usage = shutil.disk_usage(folder)
     if usage.free < FREE_DISK * usage.total:
         yield f"the disk of {run_dir} has {usage.free / 1e9:.1f} GB left of {usage.total / 1e9:.0f} GB"
 

@@ -7,7 +7,7 @@ nothing but three scalars of metrics crosses replicas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import meshes
 from meshes.place import free_axes
-from meshes.rules import axes_of
+from meshes.rules import Axes, axes_of
 
 from jaxtrain.train.replicas import DiLoCo
 
@@ -112,14 +112,16 @@ def _moved(
         return theta, mine, momentum, error
     rows = () if theta.ndim == 0 else rows
     delta = theta[rows] - mine[rows]
-    mean, left = _mean(config.sent, letters, delta if error is None else delta + error[rows])
+    layout = meshes.current()
+    stored = layout.rules.stored(letters, theta.shape, layout.mesh.shape)
+    mean, left = _mean(config.sent, letters, stored, delta if error is None else delta + error[rows])
     m = config.momentum * momentum[rows] + mean
     new = theta[rows] - config.lr * (mean + config.momentum * m)
     error = error if error is None else error.at[rows].set(left)
     return theta.at[rows].set(new), mine.at[rows].set(new), momentum.at[rows].set(m), error
 
 
-def _mean(sent: str, letters: str, delta: Array) -> tuple[Array, Array]:
+def _mean(sent: str, letters: str, stored: Mapping[str, Axes], delta: Array) -> tuple[Array, Array]:
     """-> the mean of what all replicas sent, and what this one's rounding left over.
 
     Rounded differences are gathered and added in fp32 in the order of the replicas, so the sum has no rounding of its
@@ -133,16 +135,18 @@ def _mean(sent: str, letters: str, delta: Array) -> tuple[Array, Array]:
         scale = jnp.maximum(jnp.abs(delta).max(axis=-1, keepdims=True), 1e-30) / 127.0
         parts = (jnp.round(delta / scale).astype(jnp.int8), scale)
     read = lambda rounded, scale: rounded.astype(jnp.float32) * scale  # noqa: E731
-    mean = _on_parts(lambda *parts: jax.vmap(read)(*lax.all_gather(parts, AXIS)).mean(axis=0), letters, *parts)
+    mean = _on_parts(lambda *parts: jax.vmap(read)(*lax.all_gather(parts, AXIS)).mean(axis=0), letters, stored, *parts)
     return mean, delta - read(*parts)
 
 
-def _on_parts(function: Callable[[Array, Array], Array], letters: str, x: Array, scale: Array) -> Array:
-    """`function` of what each device stores of x: left to the partitioner, a gather takes x whole."""
-    layout = meshes.current()
-    mapping = layout.rules.stored(letters, x.shape, layout.mesh.shape)
-    mesh, free = free_axes(layout)
-    cut = [tuple(axis for axis in axes_of(mapping, letter) if axis in free) for letter in letters]
+def _on_parts(
+    function: Callable[[Array, Array], Array], letters: str, stored: Mapping[str, Axes], x: Array, scale: Array
+) -> Array:
+    """`function` of what each device stores of x: left to the partitioner, a gather takes x whole. A fragment's rows may
+    not divide as all rows do."""
+    mesh, free = free_axes(meshes.current())
+    cut = [tuple(axis for axis in axes_of(stored, letter) if axis in free) for letter in letters]
+    cut = [axes if size % math.prod(free[axis] for axis in axes) == 0 else () for axes, size in zip(cut, x.shape)]
     if not (names := {axis for axes in cut for axis in axes}):
         return function(x, scale)
     whole = PartitionSpec(*(axes or None for axes in cut))

@@ -1,10 +1,12 @@
 """Rows are exact, short, cut on resume, and survive a torn line."""
 
+import contextlib
 import errno
 import io
 import json
 import os
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -94,7 +96,7 @@ def test_rows_wait_for_a_disk_that_is_full_or_fills_up_and_come_in_order_once_it
     writer._file = file
     recorder.write(4, {"train/loss": 1.0})
     recorder.close()
-    assert "metrics are written again, 3 rows" in capsys.readouterr().err
+    assert "metrics are written again, 3 rows at once" in capsys.readouterr().err
     rows = read_rows(tmp_path / "metrics.jsonl") if isinstance(sink, Jsonl) else []
     steps = [row["step"] for row in rows] or [step for step, *_ in content(tmp_path / "tensorboard")[2]]
     assert steps == [1, 2, 3, 4]
@@ -102,16 +104,41 @@ def test_rows_wait_for_a_disk_that_is_full_or_fills_up_and_come_in_order_once_it
 
 @pytest.mark.parametrize("sink", [Jsonl(), TensorBoard()])
 def test_rows_that_a_disk_never_takes_end_the_run_with_the_reason(tmp_path, monkeypatch, sink):
-    recorder = Recorder((sink,), tmp_path, first_step=0, steps=10)
+    recorder = Recorder((sink, Jsonl()), tmp_path, first_step=0, steps=10)
     writer = recorder._writers[0]._writer
     writer._file.close()
     writer._file = Full("/dev/full", "a")
     recorder.write(1, {"train/loss": 1.0})
-    monkeypatch.setattr("jaxtrain.observe.recorder.ROWS", 1)
+    monkeypatch.setattr("jaxtrain.observe.recorder.WAITING_BYTES", 30)
     with pytest.raises(RunError, match="(?s)2 rows of metrics were not written.*No space left on device"):
         recorder.write(2, {"train/loss": 1.0})
     with pytest.raises(RunError, match="2 rows of metrics were not written"):
         recorder.close()
+    assert recorder._writers[1]._writer._file.closed
+
+
+def test_what_a_disk_took_and_cannot_keep_ends_the_run_so_that_it_is_computed_again(tmp_path, monkeypatch):
+    recorder = Recorder((Jsonl(),), tmp_path, first_step=0, steps=10)
+    recorder.write(1, {"train/loss": 1.0})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(RunError, match="(?s)cannot write metrics.*Input/output error"):
+        recorder.flush()
+    recorder.close()
+
+
+def test_a_full_disk_under_stderr_too_keeps_the_rows(tmp_path, monkeypatch):
+    recorder = Recorder((Jsonl(),), tmp_path, first_step=0, steps=10)
+    writer = recorder._writers[0]._writer
+    with open("/dev/full", "w") as full, Full(tmp_path / "metrics.jsonl", "ab") as disk:
+        monkeypatch.setattr(sys, "stderr", full)
+        file, writer._file = writer._file, disk
+        recorder.write(1, {"train/loss": 1.0})
+        writer._file = file
+        recorder.close()
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
 
 
 def test_a_sink_that_cannot_be_opened_is_an_error_with_a_fix(tmp_path):

@@ -207,6 +207,7 @@ def test_a_pipeline_that_would_hang_is_refused_before_it_runs():
     mesh = meshes.make(meshes.MeshConfig(stage=2, fsdp=2), jax.devices()[:4])
 
     ring = lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 0)])  # noqa: E731
+    branch = lambda x: jax.lax.cond(x.sum() > 0, ring, lambda x: x, x)  # noqa: E731
     spec = jax.sharding.PartitionSpec("stage", "fsdp")
 
     def compiled(local):
@@ -214,5 +215,6 @@ def test_a_pipeline_that_would_hang_is_refused_before_it_runs():
         return jax.jit(run).lower(jnp.ones((2, 2))).compile()
 
     check(compiled(ring), mesh)
+    check(compiled(branch), mesh)  # apart from the ticks all devices take the same
     with pytest.raises(RunError, match="(?s)would hang on CPUs.*over fsdp within a stage"):
-        check(compiled(lambda x: jax.lax.cond(x.sum() > 0, ring, lambda x: x, x)), mesh)
+        check(compiled(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: branch(x) + 1, x)), mesh)

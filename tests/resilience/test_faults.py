@@ -76,7 +76,7 @@ def test_what_ends_a_trainer_is_named_and_the_run_ends_where_an_undisturbed_one_
         ("clock-jump:process=0,step=23,seconds=-86400", ""),
         ("clock-jump:process=1,step=23,seconds=86400", ""),
         ("slow:process=1,step=23,seconds=0.05", ""),
-        ("delay-network:process=1,step=50,seconds=0.1", ""),
+        ("delay-network:process=1,step=20,seconds=0.1", ""),
     ],
 )
 def test_what_a_run_lives_with_makes_no_incident_and_changes_no_bit(launched, fault, words):

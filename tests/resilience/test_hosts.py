@@ -76,7 +76,6 @@ def test_a_lost_host_is_named_and_the_others_go_on_without_it(job, number):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="by the kernel's socket filters")
 def test_a_host_whose_network_is_cut_is_lost_and_comes_back(job):
     three = job(3, steps=400, faults=["cut-network:process=1,step=12,seconds=6"])
@@ -86,6 +85,7 @@ def test_a_host_whose_network_is_cut_is_lost_and_comes_back(job):
     assert first["what"] == "lead lost" or first["culprits"] == [1] and "the network to" in first["line"]
 
 
+@pytest.mark.slow
 def test_a_spare_takes_the_place_of_a_lost_host(job):
     three = job(3, steps=80, spares=1)
     three.until_true(lambda: (three.folder / "saved").exists(), "a first save")

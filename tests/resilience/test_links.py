@@ -87,6 +87,16 @@ def test_a_deaf_process_reaches_nobody_anew():
             assert select.select([], [fresh], [], 30)[1]
 
 
+def test_two_cuts_that_overlap_both_end():
+    original = socket.socket.connect_ex
+    deafen(lambda: [os.getpid()], 0.6)
+    time.sleep(0.3)
+    deafen(lambda: [os.getpid()], 0.6)
+    time.sleep(0.4)
+    assert socket.socket.connect_ex is not original
+    until(lambda: socket.socket.connect_ex is original, 5)
+
+
 def test_of_a_process_that_is_gone_nothing_is_known():
     assert links(2**22 + 1) == ()
 
@@ -97,6 +107,13 @@ def hung(*ends):
         replace(status(i, age=20 - i), links=tuple(Link(f"{10 * i + to}", f"{10 * to + i}", n) for to, n in mine))
         for i, mine in enumerate(ends)
     ]
+
+
+def test_who_is_cut_off_is_to_blame_though_it_is_not_late_itself():
+    known = [beat(longest={phase: 0.1 for phase in PHASES})]
+    late, cut, third = hung([(1, 5)], [(0, 5), (2, 5)], [(1, 0)])
+    cut = replace(cut, beat=replace(cut.beat, since=time.monotonic(), sequence=50))
+    assert verdict.of_hang([late, cut, third], Deadlines(floor=10), known).culprits == (1,)
 
 
 @pytest.mark.parametrize(

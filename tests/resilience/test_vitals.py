@@ -1,5 +1,7 @@
 """Complaints about disk, memory, GPUs and pace, against machines that are made up."""
 
+import errno
+import os
 import shutil
 import threading
 from types import SimpleNamespace
@@ -26,6 +28,15 @@ def test_a_disk_that_does_not_answer_is_said_and_holds_nobody_up(tmp_path, monke
     answer.set()
     looks._asked[f"the disk of {tmp_path}"][1].result(10)
     assert "1.0 GB left of 100 GB" in next(looks.complaints())
+
+
+def test_a_disk_that_answers_with_an_error_is_said(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(shutil, "disk_usage", stale)
+    looks = vitals.Vitals(tmp_path, str(tmp_path / "nothing"))
+    assert said(looks) == [f"the disk of {tmp_path} cannot be looked at: [Errno 116] Stale file handle"]
 
 
 def test_a_machine_that_is_well_has_no_complaint_about_memory_or_disk(tmp_path, monkeypatch):

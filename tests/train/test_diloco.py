@@ -19,7 +19,7 @@ import meshes
 from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
 from jaxtrain.errors import ConfigError
 from jaxtrain.observe.hlo import collectives
-from jaxtrain.train import diloco
+from jaxtrain.train import diloco, pipeline
 from jaxtrain.train.optim import Optimizer
 from jaxtrain.train.replicas import DiLoCo, Together
 from jaxtrain.train.schedule import WSD
@@ -249,3 +249,14 @@ def test_the_quickstart_with_ten_inner_steps_ends_within_two_percent_of_data_par
     """At equal tokens; a quarter of an hour on two cores."""
     apart = _heldout_loss(tmp_path / "apart", "--replicas", "DiLoCo", "--replicas.every", "10")
     assert apart <= 1.02 * _heldout_loss(tmp_path / "together")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", ["float32", "int8"])
+def test_fragments_meet_where_layers_are_divided_among_stages(sent):
+    """Every so many-th layer is not what a stage holds; no device waits for another in vain."""
+    config = dataclasses.replace(CONFIG, replicas=DiLoCo(every=2, fragments=2, sent=sent))
+    blueprint = _start(config, replica=2, stage=2)
+    pipeline.check(lowered(blueprint).compile(), blueprint.mesh)
+    one, _ = _run(_start(config, replica=2), 0, 4)
+    _assert_close(_run(blueprint, 0, 4)[0].params, one.params)
