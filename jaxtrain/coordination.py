@@ -5,11 +5,16 @@ The only file that touches jax's private coordination client (checked with jax 0
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from typing import Any
-
 
 # No trainer is declared dead by a service outside the trainers: supervisors see processes die at once.
 HEARTBEAT_S = 3600
+# A word of each process to the service, so often: of one that is cut off this connection is stuck too, where the devices'
+# own may be between two that both wait (resilience/verdict.py).
+TALK_S, TALKS_A_SECOND = 2.0, 500
 
 
 def connect(address: str, count: int, index: int, deadline_s: float) -> None:
@@ -23,6 +28,14 @@ def connect(address: str, count: int, index: int, deadline_s: float) -> None:
         address, index, init_timeout=int(deadline_s), use_compression=True, heartbeat_timeout=HEARTBEAT_S
     )
     state.client.connect()
+    threading.Thread(target=_talk, args=(max(TALK_S, count / TALKS_A_SECOND),), name="talk", daemon=True).start()
+
+
+def _talk(every_s: float) -> None:
+    with contextlib.suppress(Exception):  # the service has ended: so has this process, soon
+        while True:
+            time.sleep(every_s)
+            under("jaxtrain/talk")
 
 
 def put(key: str, value: str) -> None:
