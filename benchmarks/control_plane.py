@@ -2,10 +2,11 @@
 
     python -m benchmarks.control_plane [--hosts N] [--seconds N] [--payload MEGABYTES] [--out FILE.json]
 
-The lead has a core of its own, the hosts are one process on the others; each reports its one trainer every
-second (followers do so every 4 s where they are 4,096) and asks as often as it would for the right to let it run. A report is late by the time from its sending
-to the hub's callback. The lead's share of its core is that of its whole process: its term and its leash, rights and
-signs of life to all hosts, reports taken in, and at every look all statuses judged for a hang.
+The lead has a core of its own, the hosts are one process on the others; each reports its one trainer every second
+(followers do so every 4 s where they are 4,096) and asks as often as it would for the right to let it run. A report is
+late by the time from its sending to the hub's callback. The lead's share of its core is that of its whole process: its
+term and its leash, rights and signs of life to all hosts, reports taken in, and at every look all statuses judged for a
+hang.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from jaxtrain.errors import ConfigError
@@ -63,6 +64,7 @@ def on_gpu(env: Mapping[str, str] = os.environ) -> bool:
     return bool(_plugins()) and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+@cache
 def known_flags(library: Path) -> frozenset[str]:
     """Every name that may be a flag of the XLA inside this library: its constant strings `xla_...`."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

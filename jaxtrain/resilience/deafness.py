@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 
 _SWEEP_S = 0.02  # by which new sockets are found
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
@@ -49,10 +50,7 @@ def _serve() -> None:
                 return
             soonest = min(end for _, end in _holds)
         deaf = now
-        try:
-            _each(deaf, True)
-        except OSError as error:
-            print(f"fault: the network cannot be cut here: {error}", file=sys.stderr, flush=True)
+        _each(deaf, True)
         time.sleep(min(_SWEEP_S, max(0.0, soonest - time.monotonic())))
 
 
@@ -64,9 +62,18 @@ def _deaf_connect_ex(self: socket.socket, address: object) -> int:
 
 def _each(pids: Iterable[int], deaf: bool) -> None:
     for pid in pids:
-        for sock in _sockets(pid):
-            with sock:
-                _filter(sock, deaf)
+        try:
+            for sock in _sockets(pid):
+                with sock:
+                    _filter(sock, deaf)
+        except PermissionError as error:
+            _say(f"fault: the network cannot be cut here: {error}")
+
+
+@cache
+def _say(line: str) -> None:
+    """Once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _filter(sock: socket.socket, deaf: bool) -> None:
