@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from meshes.schedules import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, IDLE
 from meshes.simulator import Simulation
 
+
 def _same(tree: Any) -> Any:
     return tree
 
@@ -41,14 +41,14 @@ class Work:
     """A model as the functions that virtual stages run, each on one microbatch: a tree like the batch without its M.
 
     `layers` says for every virtual stage how many rows of each stack of weights it runs; no others are touched.
-    `chunk` is given these rows: a tuple of trees, one per stack, some of which may have none. It returns extras whose
-    shapes do not depend on their number; where "objective" is among them, it is added to the objective. The three
-    `lay` functions constrain, within the program: x, a tuple of stacks, the ends.
+    `through` is given these rows of one stack, at least one, and the stack's number. It returns extras whose shapes do
+    not depend on how many; where "objective" is among them, it is added to the objective. The three `lay` functions
+    constrain, within the program: x, a tuple of stacks, the ends.
     """
 
     layers: tuple[tuple[int, ...], ...]
     first: Callable[[Any, Any], Any]  # ends, microbatch -> x
-    chunk: Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]  # weights, x, microbatch -> x, extras
+    through: Callable[[int, Any, Any, Any], tuple[Any, dict[str, Any]]]  # stack, rows, x, microbatch -> x, extras
     last: Callable[[Any, Any, Any], tuple[Any, Any]]  # ends, x, microbatch -> objective, sums
     lay_x: Callable[[Any], Any] = _same
     lay_weights: Callable[[Any], Any] = _same
@@ -57,7 +57,7 @@ class Work:
 
 
 class Totals(NamedTuple):
-    """Sums over all microbatches: of `last`, of the extras, and the gradients in fp32.
+    """Sums over all microbatches: of `last`, of each stack's extras, and the gradients in fp32.
 
     Extras and gradients of weights have the leading dims (stages, chunks) of the weights; the ends' have (stages,),
     still to be added, so that the partitioner may scatter what it adds.
@@ -191,7 +191,7 @@ class _Stage:
         self._x = jax.eval_shape(work.first, ends, part)
         self._sums = jax.eval_shape(work.last, ends, self._x, part)[1]
         self._pulls = [_Pull(work, layers, weights, self._x, part) for layers in shapes]
-        self._layout = _Layout([pull.kept for pull in self._pulls])
+        self._layout = _Layout(self._pulls)
         self.actions = {
             IDLE: lambda carry, cell: self._nothing(),
             FORWARD: self._forward,
@@ -262,7 +262,7 @@ class _Stage:
             y, extras, kept = pull.forward(pull.rows(self._weights, cell.chunk), x, part)
             return nothing._replace(
                 sent=(work.lay_x(y), nothing.sent[1]),
-                kept=self._layout.fill(nothing.kept, kept),
+                kept=self._layout.fill(nothing.kept, pull, kept),
                 totals=nothing.totals._replace(extras=extras),
             )
 
@@ -272,7 +272,7 @@ class _Stage:
         part, nothing = _at(self._batch, cell.microbatch), self._nothing()
 
         def run(pull: _Pull) -> _Made:
-            kept = self._layout.at(carry.kept, cell.kept, pull.kept)
+            kept = self._layout.at(carry.kept, cell.kept, pull)
             y, backward = pull.backward(pull.rows(self._weights, cell.chunk), kept, part)
             made = nothing
             if to_input:
@@ -316,13 +316,18 @@ class _Stage:
 class _Pull:
     """The layers of a virtual stage, forward and backward, with what is kept between the two as a list of arrays.
 
-    Forward and backward are traced apart, so the backward function is flattened: its leaves are weights and the
-    microbatch, which are there anyway, and the rest, which is `kept`; last in it the output, which the loss needs.
+    Forward and backward are traced apart, so the backward functions of the stacks are flattened: their leaves are
+    weights and the microbatch, which are there anyway, and the rest, which is `kept`; first in it the output, which the
+    loss needs. `roles` says of each kept array what it is: equal ones of two virtual stages are laid out alike.
     """
 
     def __init__(self, work: Work, layers: tuple[int, ...], weights: Any, x: Any, part: Any):
         self._work, self._layers = work, layers
-        _, self.extras, self.kept = jax.eval_shape(self.forward, self.rows(weights, 0), x, part)
+        self._stacks = [stack for stack, rows in enumerate(layers) if rows]
+        # A stack of no layers has the extras' shapes of one.
+        one = jax.tree.map(lambda w: jax.ShapeDtypeStruct((1, *w.shape[2:]), w.dtype), weights)
+        self.extras = tuple(jax.eval_shape(partial(work.through, i), one[i], x, part)[1] for i in range(len(layers)))
+        _, _, self.kept = jax.eval_shape(self.forward, self.rows(weights, 0), x, part)
 
     def rows(self, stacks: Any, chunk: Any) -> Any:
         """The leading rows of each stack's chunk: (chunks, rows, ...) -> (layers, ...)."""
@@ -334,32 +339,49 @@ class _Pull:
         return jax.tree.map(_fill, nothing, parts)
 
     def forward(self, weights: Any, x: Any, part: Any) -> tuple[Any, Any, list[Any]]:
+        extras = list(_zeros(self.extras))
         if self._work.keep == "inputs":
-            return *self._work.chunk(weights, x, part), [x]
-        (y, extras), pull = jax.vjp(lambda w, x: self._work.chunk(w, x, part), weights, x)
-        leaves, self._tree = jax.tree.flatten(pull)
-        places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((weights, part)))}
-        kept = [y]
-        self._sources = []
-        for leaf in leaves:
-            if id(leaf) not in places:
-                places[id(leaf)] = -1 - len(kept)
-                kept.append(leaf)
-            self._sources.append(places[id(leaf)])
+            self.roles, y = ["input"], x
+            for i in self._stacks:
+                y, extras[i] = self._work.through(i, weights[i], y, part)
+            return y, tuple(extras), [x]
+        y, extras, pulls = self._pulls(weights, x, part)
+        kept, self.roles, self._trees, self._sources = [y], ["output"], [], []
+        for i, pull in zip(self._stacks, pulls, strict=True):
+            leaves, tree = jax.tree.flatten(pull)
+            places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves((weights, part)))}
+            for number, leaf in enumerate(leaves):
+                if id(leaf) not in places:
+                    places[id(leaf)] = -1 - len(kept)
+                    kept.append(leaf)
+                    self.roles.append((i, len(leaves), number))
+            self._trees.append(tree)
+            self._sources.append([places[id(leaf)] for leaf in leaves])
         return y, extras, kept
+
+    def _pulls(self, weights: Any, x: Any, part: Any) -> tuple[Any, Any, list[Callable]]:
+        """-> the output, extras, and the backward function of each stack that has layers."""
+        extras, pulls = list(_zeros(self.extras)), []
+        for i in self._stacks:
+            (x, extras[i]), pull = jax.vjp(lambda w, x, i=i: self._work.through(i, w, x, part), weights[i], x)
+            pulls.append(pull)
+        return x, tuple(extras), pulls
 
     def backward(self, weights: Any, kept: list[Any], part: Any) -> tuple[Any, Callable]:
         """-> the output, and a function: its gradient and that of the objective -> those of the weights and the input."""
         if self._work.keep == "inputs":
-            (y, _), pull = jax.vjp(lambda w, x: self._work.chunk(w, x, part), weights, *kept)
+            y, _, pulls = self._pulls(weights, *kept, part)
         else:
-            known = jax.tree.leaves((weights, part))
-            leaves = [known[i] if i >= 0 else kept[-1 - i] for i in self._sources]
-            y, pull = kept[0], jax.tree.unflatten(self._tree, leaves)
+            y, known = kept[0], jax.tree.leaves((weights, part))
+            parts = [[known[i] if i >= 0 else kept[-1 - i] for i in sources] for sources in self._sources]
+            pulls = list(map(jax.tree.unflatten, self._trees, parts))
 
         def backward(dy: Any, scale: Any) -> tuple[Any, Any]:
-            zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in self.extras.items()}
-            return pull((dy, zeros | ({"objective": scale} if "objective" in zeros else {})))
+            grads = list(_zeros(weights))
+            for i, pull in zip(reversed(self._stacks), reversed(pulls), strict=True):
+                zeros = _zeros(self.extras[i])
+                grads[i], dy = pull((dy, zeros | ({"objective": scale} if "objective" in zeros else {})))
+            return tuple(grads), dy
 
         return y, backward
 
@@ -367,58 +389,34 @@ class _Pull:
 class _Layout:
     """Buffers that hold what any of several virtual stages keeps.
 
-    Two stages share buffers for what is the same in both but for the number of layers: it is laid out alike, where
-    arrays of two roles would be exchanged between devices on their way through one buffer. A stage's leaves come stack
-    by stack, so those of the stacks that two have in common are a long run in both.
+    Two stages share a buffer for what has the same role in both, of any number of layers: it is laid out alike. Arrays
+    of two roles would be exchanged between devices on their way through one buffer.
     """
 
-    RUN = 8  # leaves of one shape after another: fewer may be alike by chance
+    def __init__(self, pulls: Sequence[_Pull]):
+        self._shapes: dict[tuple, jax.ShapeDtypeStruct] = {}
+        for key, leaf in [pair for pull in pulls for pair in self._keyed(pull)]:
+            most = max(leaf, self._shapes.get(key, leaf), key=lambda x: x.shape)
+            self._shapes[key] = jax.ShapeDtypeStruct(most.shape, most.dtype)
+        self._places = {key: i for i, key in enumerate(self._shapes)}
 
-    def __init__(self, kept: Sequence[Sequence[Any]]):
-        self._shapes: list[tuple[tuple[int, ...], Any]] = []
-        self._of: dict[tuple, list[int]] = {}
-        known: list[tuple] = []  # of each buffer, what its arrays have in common
-        for leaves in sorted(kept, key=len, reverse=True):
-            like = [_like(leaf) for leaf in leaves]
-            numbers = self._of.get(tuple(like)) or self._matched(known, like)
-            for i, leaf in enumerate(leaves):
-                if numbers[i] is None:
-                    numbers[i] = len(known)
-                    known.append(like[i])
-                    self._shapes.append((leaf.shape, leaf.dtype))
-                rows = max(leaf.shape[:1], self._shapes[numbers[i]][0][:1])
-                self._shapes[numbers[i]] = ((*rows, *leaf.shape[1:]), leaf.dtype)
-            self._of[tuple(like)] = numbers
-
-    def _matched(self, known: list[tuple], like: list[tuple]) -> list[int | None]:
-        numbers: list[int | None] = [None] * len(like)
-        for buffer, first, size in SequenceMatcher(None, known, like, autojunk=False).get_matching_blocks():
-            if size >= self.RUN:
-                numbers[first : first + size] = range(buffer, buffer + size)
-        return numbers
-
-    def _numbers(self, leaves: Sequence[Any]) -> list[int]:
-        """The buffer of each leaf."""
-        return self._of[tuple(map(_like, leaves))]
+    def _keyed(self, pull: _Pull) -> list[tuple[tuple, Any]]:
+        pairs = zip(pull.roles, pull.kept, strict=True)
+        return [((role, leaf.ndim, leaf.shape[1:], leaf.dtype), leaf) for role, leaf in pairs]
 
     def zeros(self, slots: int) -> list[Any]:
-        return [jnp.zeros((slots, *shape), dtype) for shape, dtype in self._shapes]
+        return [jnp.zeros((slots, *x.shape), x.dtype) for x in self._shapes.values()]
 
-    def fill(self, slots: list[Any], leaves: Sequence[Any]) -> list[Any]:
+    def fill(self, slots: list[Any], pull: _Pull, kept: Sequence[Any]) -> list[Any]:
         slots = list(slots)
-        for i, leaf in zip(self._numbers(leaves), leaves, strict=True):
-            slots[i] = _fill(slots[i], leaf)
+        for (key, _), leaf in zip(self._keyed(pull), kept, strict=True):
+            place = self._places[key]
+            slots[place] = _fill(slots[place], leaf)
         return slots
 
-    def at(self, buffers: list[Any], slot: Any, like: Sequence[Any]) -> list[Any]:
-        pairs = zip(self._numbers(like), like, strict=True)
-        return [
-            lax.dynamic_slice(buffers[i], (slot, *[0] * leaf.ndim), (1, *leaf.shape))[0] for i, leaf in pairs
-        ]
-
-
-def _like(leaf: Any) -> tuple:
-    return str(leaf.dtype), leaf.ndim, leaf.shape[1:]
+    def at(self, buffers: list[Any], slot: Any, pull: _Pull) -> list[Any]:
+        buffers = [(buffers[self._places[key]], leaf) for key, leaf in self._keyed(pull)]
+        return [lax.dynamic_slice(x, (slot, *[0] * leaf.ndim), (1, *leaf.shape))[0] for x, leaf in buffers]
 
 
 def _at(tree: Any, index: Any) -> Any:

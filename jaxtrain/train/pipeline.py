@@ -161,7 +161,7 @@ class _Model:
         return pipeline.Work(
             layers=self.division.counts,
             first=lambda ends, part: self._of_ends(ends).embed(part["tokens"]),
-            chunk=self._chunk,
+            through=self._through,
             last=self._last,
             lay_x=lambda x_BRD: meshes.constrain(x_BRD, "BRD"),
             lay_weights=self._lay_weights,
@@ -192,15 +192,15 @@ class _Model:
     def _store(self, w: Array, letters: str) -> Array:
         return meshes.store(w, letters, self._rules.stored(letters, w.shape, self._blueprint.mesh.shape))
 
-    def extras(self, found: dict[str, Any]) -> Extras:
+    def extras(self, found: tuple[Extras, ...]) -> Extras:
         """The executor's extras, (stages, chunks, ...) of each stack, -> the model's: of all layers in order."""
         columns: dict[str, list[Array]] = {}
-        for stack, places in enumerate(self.division.places):
-            for name, rows in found.items():
-                if name.startswith(start := f"{stack}/"):
-                    columns.setdefault(name.removeprefix(start), []).append(rows.reshape(-1, *rows.shape[3:])[places])
-        extras = {name: jnp.concatenate(rows) for name, rows in columns.items()}
-        return extras | ({"objective": found["objective"].sum()} if "objective" in found else {})
+        for stack, places in zip(found, self.division.places, strict=True):
+            for name, rows in stack.items():
+                in_order = rows if name == "objective" else rows.reshape(-1, *rows.shape[3:])[places]
+                columns.setdefault(name, []).append(in_order)
+        objective = {"objective": sum(x.sum() for x in columns.pop("objective"))} if "objective" in columns else {}
+        return {name: jnp.concatenate(rows) for name, rows in columns.items()} | objective
 
     def _stacks_of(self, params: Any) -> Stacks:
         return self._blueprint.model(params).stacks()
@@ -211,26 +211,13 @@ class _Model:
         leaves = [nothing if _is_stacked(letters) else next(ends) for letters in self._letters]
         return self._blueprint.model(self._tree.unflatten(leaves))
 
-    def _chunk(self, stacks: Stacks, x_BRD: Array, part: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        model, found = self._blueprint.model(self._tree.unflatten([jnp.zeros(())] * len(self._letters))), {}
-        for stack, weights in enumerate(stacks):
-
-            def run(weights: Any, x_BRD: Array, stack: int = stack) -> tuple[Array, Extras]:
-                return model.through(stack, weights, x_BRD, part["segments"], part["positions"])
-
-            rows, most = len(next(iter(weights.values()))), self.division.rows[stack].shape[2]
-            if rows:
-                x_BRD, extras = run(weights, x_BRD)
-            else:
-                one = jax.tree.map(lambda w: jax.ShapeDtypeStruct((1, *w.shape[1:]), w.dtype), weights)
-                extras = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, one, x_BRD)[1])
-            for name, value in extras.items():
-                if name == "objective":
-                    found[name] = found.get(name, 0.0) + value
-                else:
-                    value = value[:rows]
-                    found[f"{stack}/{name}"] = jnp.pad(value, [(0, most - rows), *[(0, 0)] * (value.ndim - 1)])
-        return x_BRD, found
+    def _through(self, stack: int, weights: Any, x_BRD: Array, part: dict[str, Array]) -> tuple[Array, Extras]:
+        """Layers of one stack; extras have a row for each that a virtual stage may run."""
+        model = self._blueprint.model(self._tree.unflatten([jnp.zeros(())] * len(self._letters)))
+        x_BRD, extras = model.through(stack, weights, x_BRD, part["segments"], part["positions"])
+        rows, most = len(next(iter(weights.values()))), self.division.rows[stack].shape[2]
+        pad = lambda x: jnp.pad(x, [(0, most - rows), *[(0, 0)] * (x.ndim - 1)])  # noqa: E731
+        return x_BRD, {name: x if name == "objective" else pad(x) for name, x in extras.items()}
 
     def _last(self, ends: list[Array], x_BRD: Array, part: dict[str, Array]) -> tuple[Array, Sums]:
         model = self._of_ends(ends)
