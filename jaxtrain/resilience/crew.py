@@ -62,7 +62,6 @@ class Crew:
         self._members: list[str] = []
         self._plan: Plan | None = None
         self._absent, self._patience, self._early = lost, tenure.lease if lost else JOIN_S, early
-        self._aside: set[str] = set()
         self._signalled, self._looked = False, 0.0
         self._grow_from: tuple[object] | None = None  # the moment after which those who have come may train
         self._said: set[str] = set()
@@ -208,7 +207,10 @@ class Crew:
         if names and not self._best(len([name for name in self._able() if name not in names])):
             as_lead(f"{', '.join(names)} should train no more, but without it the hosts are too few")
             return []
-        self._aside |= {*names}
+        self._own.aside = self._own.aside or self.name in names
+        for name in {*names} - {self.name}:
+            self._remotes[name].aside = True
+        self._remotes.tell({*names} - {self.name}, {"order": "aside"})
         return names
 
     def close(self) -> None:
@@ -223,9 +225,14 @@ class Crew:
         """Who could train, in the order of the roster."""
         able = []
         for name in self._names:
-            if name in self._aside or not (name == self.name or self._remotes.may_run(name)):
+            if name == self.name:
+                aside, shape = self._own.aside, self._own.shape()
+            elif self._remotes.may_run(name):
+                aside, shape = self._remotes[name].aside, self._remotes[name].shape
+            else:
                 continue
-            shape = self._own.shape() if name == self.name else self._remotes[name].shape
+            if aside:
+                continue
             if shape != self._own.shape():
                 self._say_once(f"host {name} is left out: it has {shape}, host {self.name} has {self._own.shape()}")
                 continue

@@ -48,6 +48,7 @@ class Follower:
             "prepare": lambda order: self._host.prepare(0),
             "know": self._know,
             "start": self._start,
+            "aside": self._aside,
             "fence": lambda order: {"alive": self._fence()},
             "signal": lambda order: self._pass_on(order["number"]),
             "gather": self._gather,
@@ -144,7 +145,7 @@ class Follower:
     def _greet(self) -> None:
         self._greeted, self._served, self._reported = self._node.connections, self._node.following.number, 0.0
         host = self._host
-        self._node.tell({"hello": {"instance": self._instance, "shape": host.shape()}, **self._stands()})
+        self._node.tell({"hello": {"instance": self._instance, "shape": host.shape(), "aside": host.aside}, **self._stands()})
 
     def _stands(self) -> dict[str, int]:
         return {"generation": self._host.generation, "running": self._host.running()}
@@ -156,6 +157,10 @@ class Follower:
 
     def _know(self, order: dict[str, Any]) -> None:
         self._host.generation = order["generation"]
+
+    def _aside(self, order: dict[str, Any]) -> None:
+        """This host remembers it, for whoever leads next."""
+        self._host.aside = True
 
     def _start(self, order: dict[str, Any]) -> None:
         plan = Plan(**order["plan"])

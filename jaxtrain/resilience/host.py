@@ -73,6 +73,7 @@ class Host:
         self._plan: Plan | None = None
         self._devices = devices
         self.generation = 0  # the last of which this host has heard
+        self.aside = False  # it trains no more, for it changes bits
         self.folder, self._lock = folder, _held(folder)
         for old in folder.glob("*.pulse"):
             old.unlink()

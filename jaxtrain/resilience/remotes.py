@@ -36,6 +36,7 @@ class Remote:
     running: int = 0  # whose trainers it has; 0: none
     statuses: list[Status] = field(default_factory=list)
     ready: bool = False
+    aside: bool = False  # it trains no more
     reborn: bool = False  # it came as another process
     lost_since: float | None = None
     part: dict[str, Any] = field(default_factory=dict)  # the order that began its part of the generation
@@ -177,5 +178,5 @@ class Remotes:
             self._node.order(name, remote.asked)  # it may have been lost with the old connection
         if not remote.reborn and name in self._training and remote.generation < self._plan.generation:
             self._node.order(name, remote.part)
-        remote.instance, remote.shape = hello["instance"], hello["shape"]
+        remote.instance, remote.shape, remote.aside = hello["instance"], hello["shape"], hello["aside"]
         self._node.order(name, {"order": "prepare"})

@@ -5,6 +5,7 @@ Those that take over ten seconds on a busy machine are slow.
 
 import json
 import random
+import re
 import signal
 import sys
 import time
@@ -136,6 +137,21 @@ def test_a_host_that_changes_bits_is_put_aside(job, tmp_path):
     bad = next(i for i in range(3) if "[p1] generation 1" in three.said(i))
     assert row["what"] == "corruption" and f"{three.addresses[bad]} is put aside" in row["line"]
     assert "generation 2" not in three.said(bad) and three.said().count("] generation 2") == 2
+
+
+@pytest.mark.slow
+def test_a_host_that_was_put_aside_stays_so_when_another_leads(job, tmp_path):
+    row = {"step": 12, "agreed": 0, "found_by": "majority", "suspects": [{"process": 1}]}
+    (tmp_path / "corrupt").write_text(json.dumps(row) + "\n")
+    three = job(3, steps=150, spares=1)
+    three.until("incident 1: over")
+    bad, lost = next(i for i in range(3) if "[p1] generation 1" in three.said(i)), three.lead()
+    assert bad != lost
+    three.signal(lost, signal.SIGKILL)
+    three.until("leads, term 2")
+    assert set(three.end({0, 1, 2} - {lost}).values()) == {0}
+    assert [row["what"] for row in three.rows()] == ["corruption", "lead lost"]
+    assert "[p0] generation 1" not in three.said(bad) and not re.search(r"\] generation [2-9]", three.said(bad))
 
 
 @pytest.mark.slow

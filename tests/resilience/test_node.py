@@ -1,0 +1,51 @@
+"""The right to let trainers run, as it travels from a lead to a host that follows. No trainer, no jax."""
+
+import subprocess
+import sys
+import threading
+import time
+
+from jaxtrain.resilience.leash import clock
+from jaxtrain.resilience.node import HERE, Node
+from jaxtrain.resilience.roster import Roster
+from jaxtrain.resilience.tenure import Tenure
+from tests.resilience.lines import SECRET, until
+from tests.resilience.supervisors import free_ports
+
+LEASE_S = 1.0
+
+
+def test_the_trainers_of_a_host_that_was_told_to_fence_live_no_longer_than_the_right_it_had(tmp_path):
+    """Its supervisor lives, is heard and asks: only its main thread, which would kill them, does not get to it."""
+    addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+    trainers = []
+    tenures = [Tenure(tmp_path, name, name, LEASE_S, threading.Event()) for name in addresses]
+    pids = lambda: ("1.1", [trainer.pid for trainer in trainers if trainer.poll() is None])  # noqa: E731
+    nodes = [
+        Node(Roster(index=i, addresses=addresses), SECRET, tenures[i], threading.Event(), pids if i else lambda: ("-", []))
+        for i in (0, 1)
+    ]
+    lead, host = nodes
+    try:
+        until(lambda: tenures[0].still() > 1)
+        assert tenures[0].claim()
+        lead.follow(tenures[0].newest)
+        until(lambda: tenures[1].newest.number == 1)
+        host.follow(tenures[1].newest)
+        until(lambda: lead.state(addresses[1]) == HERE and host.until() > clock())
+        trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        trainers.append(trainer)
+        time.sleep(2 * LEASE_S)
+        assert trainer.poll() is None  # the right is made longer all the time
+        lead.withheld.add(addresses[1])
+        until(lambda: trainer.poll() is not None)
+        assert clock() > lead.promised[addresses[1]]
+        assert lead.state(addresses[1]) == HERE and host.until() < clock()
+        lead.withheld.clear()
+        until(lambda: host.until() > clock())
+    finally:
+        for trainer in trainers:
+            trainer.kill()
+        for node, tenure in zip(nodes, tenures):
+            node.close()
+            tenure.close()
