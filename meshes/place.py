@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshes.axes import AXES, LETTERS, NAMELESS
 from meshes.errors import LayoutError, closest
-from meshes.rules import Axes, Letters, Rules, axes_of
+from meshes.rules import Axes, Letters, Rules, axes_of, dims_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def spec(letters: Letters, mapping: Mapping[str, Axes]) -> PartitionSpec:
 
 
 def _spec(letters: Letters, mapping: Mapping[str, Axes], keep: Any) -> PartitionSpec:
-    kept = [tuple(filter(keep, axes_of(mapping, letter))) for letter in letters]
+    kept = [tuple(filter(keep, axes)) for axes in dims_of(mapping, letters)]
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
 
 
@@ -80,11 +80,11 @@ def check(mesh: Mesh, mapping: Mapping[str, Axes], letters: Letters, shape: tupl
 
 def _check_letters(letters: Letters, mapping: Mapping[str, Axes], name: str) -> None:
     owner: dict[str, str] = {}
-    for letter in letters:
+    for letter, axes in zip(letters, dims_of(mapping, letters)):
         if letter != NAMELESS and letter not in LETTERS:
             fix = closest(letter, (*LETTERS, NAMELESS))
             raise LayoutError(f"{name} {letters!r}: {letter!r} is no letter of the alphabet.", fix=fix)
-        for axis in axes_of(mapping, letter):
+        for axis in axes:
             if axis in owner:
                 raise LayoutError(
                     f"{name} {letters!r}: {owner[axis]} and {letter} are both on mesh axis {axis!r}.",
@@ -103,18 +103,14 @@ def _check_axes(mesh: Mesh, mapping: Mapping[str, Axes], letters: Letters) -> No
                 raise LayoutError(f"{letter} is put on {axis!r}, which is no mesh axis.", fix=closest(axis, set(known)))
 
 
-def _num_shards(sizes: Mapping[str, int], mapping: Mapping[str, Axes], letter: str) -> int:
-    return math.prod(sizes.get(axis, 1) for axis in axes_of(mapping, letter))
-
-
 def _check_shape(
     sizes: Mapping[str, int], mapping: Mapping[str, Axes], letters: Letters, shape: tuple[int, ...], name: str
 ) -> None:
     if len(letters) != len(shape):
         raise LayoutError(f"{name} {letters!r} has {len(shape)} dims.", got=f"shape {shape}", rule="one letter per dim")
-    for letter, dim in zip(letters, shape, strict=True):
-        if dim % (shards := _num_shards(sizes, mapping, letter)):
-            over = " x ".join(f"{axis} {sizes[axis]}" for axis in axes_of(mapping, letter) if sizes.get(axis, 1) > 1)
+    for letter, dim, axes in zip(letters, shape, dims_of(mapping, letters), strict=True):
+        if dim % (shards := math.prod(sizes.get(axis, 1) for axis in axes)):
+            over = " x ".join(f"{axis} {sizes[axis]}" for axis in axes if sizes.get(axis, 1) > 1)
             raise LayoutError(
                 f"{name} {letters!r}: {letter} ({LETTERS[letter]}) = {dim} does not divide into {shards} shards.",
                 got=f"shape {shape}, {letter} over {over}",
@@ -168,7 +164,7 @@ def axis_size(letters: Letters) -> int:
         return 1
     manual = jax.sharding.get_abstract_mesh().manual_axes
     sizes = {axis: size for axis, size in layout.mesh.shape.items() if axis not in manual}
-    return math.prod(_num_shards(sizes, layout.rules.acts, letter) for letter in letters)
+    return math.prod(sizes.get(axis, 1) for axes in dims_of(layout.rules.acts, letters) for axis in axes)
 
 
 def platform() -> str:

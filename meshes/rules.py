@@ -92,6 +92,12 @@ def axes_of(mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
+def dims_of(mapping: Mapping[str, Axes], letters: Letters) -> list[tuple[str, ...]]:
+    """The mesh axes that shard each dim of an array. In one of experts the axes of E are E's alone: D and A leave them."""
+    of_experts = axes_of(mapping, "E") if "E" in letters else ()
+    return [tuple(a for a in axes_of(mapping, x) if x not in "DA" or a not in of_experts) for x in letters]
+
+
 KEEPS = {
     "residuals": "what the layers' own rematerialisation keeps, never a copy of a weight: nothing is computed twice",
     "inputs": "the input of the stage's layers: the least memory, and the forward once more in each backward",
@@ -262,11 +268,12 @@ HSDP = Rules(params=_map(("fsdp",), "DA"), acts=_PLAIN)
 TP = Rules(params=_SPLIT, acts=_TENSOR)
 TP_SP = Rules(params=_SPLIT, acts=_TENSOR_SP)
 FSDP_TP = Rules(params=_map((*_BATCH, *_SEQUENCE), "DA") | _SPLIT, acts=_TENSOR)
-# `expert` shards E, so neither D nor C of the same array can be on it. `context` ranks hold equal weights, so storing
-# a part each costs no more traffic than all-reducing their gradients; `replica` and `data` are there to hold copies.
-# `stage` comes last in D: what is stored over it goes to the stages' layers by one all-to-all.
+# `expert` shards E where there is one, and C cannot be on it too; without E it is one more axis of the batch, over which
+# weights are stored as over `fsdp`. `context` ranks hold equal weights, so storing a part each costs no more traffic than
+# all-reducing their gradients; `replica` and `data` are there to hold copies. `stage` comes last in D: what is stored
+# over it goes to the stages' layers by one all-to-all.
 DEFAULT = Rules(
-    params=_map(("fsdp", "context", "stage"), "DA") | _SPLIT | _map(("expert",), "E"),
+    params=_map(("fsdp", "expert", "context", "stage"), "DA") | _SPLIT | _map(("expert",), "E"),
     acts=_TENSOR_SP | _map(("replica", "data", "fsdp", "context"), "C") | _map(("expert",), "E"),
     pipeline=Interleaved(),
 )

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import meshes
 from meshes.place import free_axes
-from meshes.rules import Axes, axes_of
+from meshes.rules import Axes, dims_of
 
 from jaxtrain.train.replicas import DiLoCo
 
@@ -145,7 +145,7 @@ def _on_parts(
     """`function` of what each device stores of x: left to the partitioner, a gather takes x whole. A fragment's rows may
     not divide as all rows do."""
     mesh, free = free_axes(meshes.current())
-    cut = [tuple(axis for axis in axes_of(stored, letter) if axis in free) for letter in letters]
+    cut = [tuple(axis for axis in axes if axis in free) for axes in dims_of(stored, letters)]
     cut = [axes if size % math.prod(free[axis] for axis in axes) == 0 else () for axes, size in zip(cut, x.shape)]
     if not (names := {axis for axes in cut for axis in axes}):
         return function(x, scale)

@@ -26,7 +26,7 @@ PROMISES = {
     "TP": ((), ("tensor",), BATCH, ("tensor",), ("context",)),
     "TP_SP": ((), ("tensor",), BATCH, ("tensor",), ("context", "tensor")),
     "FSDP_TP": ((*BATCH, "context"), ("tensor",), BATCH, ("tensor",), ("context",)),
-    "DEFAULT": (("stage", "fsdp", "context"), ("tensor",), STAGED, ("tensor",), ("context", "tensor")),
+    "DEFAULT": (("stage", "fsdp", "expert", "context"), ("tensor",), STAGED, ("tensor",), ("context", "tensor")),
 }
 MESHES = [
     MeshConfig(data=2, fsdp=2, tensor=2),
@@ -58,6 +58,14 @@ def test_a_preset_cuts_arrays_as_promised(name, config):
     assert shard("BRD", rules.acts, (8, 16, 32)) == (8 // batch, 16 // residual, 32)
     assert shard("BSKH", rules.acts, (8, 16, 8, 4)) == (8 // batch, 16 // context, 8 // ffn, 4)
     assert shard("VD", rules.params, (64, 32)) == (64 // stored_F, 32 // stored_D)
+
+
+def test_the_axes_of_experts_are_theirs_alone_in_what_has_experts():
+    rules = meshes.DEFAULT
+    assert tuple(meshes.spec("EDF", rules.params)) == ("expert", ("fsdp", "context", "stage"), "tensor")
+    assert tuple(meshes.spec("DF", rules.params)) == (("fsdp", "expert", "context", "stage"), "tensor")
+    with pytest.raises(meshes.LayoutError, match="B and E are both on mesh axis 'expert'"):
+        meshes.spec("BSE", rules.acts)
 
 
 @pytest.mark.parametrize("name", PRESETS)
