@@ -38,7 +38,7 @@ class Terms:
 
     `fits`: what so many hosts add to the trainers' command line, or None where the config does not run on them.
     `buddies`: on so many hosts, by place, which one keeps whose snapshots. `moment` changes with every new state to go on
-    from; None: it is not known yet. `spares`: hosts that do not train while all are well.
+    from, beside snapshots; None: it is not known yet. `spares`: hosts that do not train while all are well.
     """
 
     fits: Callable[[int], list[str] | None]
@@ -63,7 +63,7 @@ class Crew:
         self._plan: Plan | None = None
         self._absent, self._patience, self._early = lost, tenure.lease if lost else JOIN_S, early
         self._signalled, self._looked = False, 0.0
-        self._grow_from: tuple[object] | None = None  # the moment after which those who have come may train
+        self._grow_from: tuple[object, int] | None = None  # the moment after which those who have come may train
         self._said: set[str] = set()
         self.poll_s = max(Host.poll_s, len(self._names) / LOOKED_AT_A_SECOND)
 
@@ -293,13 +293,14 @@ class Crew:
         if size <= len(self._members) or not all(self._remotes[name].ready for name in fresh):
             self._grow_from = None
             return None
-        moment = self._terms.moment()
-        if moment is None:
+        saved = self._terms.moment()
+        if saved is None:
             return None
-        self._grow_from = self._grow_from or (moment,)
-        if self._grow_from == (moment,):
+        moment = saved, self._stock.newest()
+        self._grow_from = self._grow_from or moment
+        if self._grow_from == moment:
             return None
-        line = f"hosts {', '.join(fresh)} can train: from {len(self._members)} to {size} hosts, after a new save"
+        line = f"hosts {', '.join(fresh)} can train: from {len(self._members)} to {size} hosts, from a new snapshot or save"
         return Verdict(what="more hosts", culprits=(), line=line, statuses=self.statuses())
 
     def _too_few(self, able: list[str]) -> RunError:

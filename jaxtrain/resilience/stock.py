@@ -68,6 +68,10 @@ class Stock:
         """The generation is over."""
         self._buddy = None
 
+    def newest(self) -> int:
+        """Changes with every snapshot that this host's trainers write."""
+        return max((written for _, written in _headers(self._folder)), default=0) if self._folder else 0
+
     def inventory(self) -> list[Part]:
         """All that is here."""
         if self._folder is None:
