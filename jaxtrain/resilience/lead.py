@@ -7,14 +7,12 @@ generation starts from standbys and the newest good state. An incident is a row 
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from jaxtrain.background import Deadline, within
 from jaxtrain.errors import RunError
@@ -23,6 +21,7 @@ from jaxtrain.resilience import verdict, verified, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
+from jaxtrain.resilience.incidents import DISK_S, FILE, Incident, Record
 from jaxtrain.resilience.pulse import Beat
 from jaxtrain.resilience.say import as_lead
 from jaxtrain.resilience.verdict import Status, Verdict, as_shell
@@ -32,44 +31,10 @@ CALM_S = 0.1  # between two looks at the pulses while the run runs: at 0.02 s th
 STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
-DISK_S = 2.0  # for the run folder to answer: who watches waits for no disk
 ASLEEP_S = 2.0  # without a look: the machine or this process stood still, and the trainers may have
 STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
-FILE = "incidents.jsonl"
 ATTEMPTS = 5  # generations in a row without a new step
 PAUSES_S = (0.0, 5.0, 20.0, 60.0)  # before the attempts after the first, where trainers did not get to train: a full disk may pass
-
-
-@dataclass
-class Incident:
-    """One failure and its recovery; times of time.monotonic."""
-
-    number: int
-    verdict: Verdict
-    step: int  # that the run had reached
-    began: float  # when the trainer ended, or was last heard
-    noticed: float
-    times: dict[str, float] = field(default_factory=dict)  # when each part of the recovery was done
-    restored: int | None = None
-    tier: str = ""  # of the recovery: which processes
-    state: str = ""  # from which tier: "snapshot" or "checkpoint"; "" from nothing
-
-    def row(self) -> dict[str, Any]:
-        """JSON: seconds of each part, from what ended the one before it."""
-        ends = {"detection": self.noticed} | self.times
-        starts = [self.began, *ends.values()]
-        parts = {name: round(end - start, 3) for (name, end), start in zip(ends.items(), starts)}
-        last = max(ends.values())
-        return {
-            "incident": self.number,
-            "step": self.step,
-            **verdict.as_json(self.verdict),
-            "tier": f"{self.tier}, {self.state or 'nothing'}",
-            "restored_step": self.restored,
-            "replayed_steps": None if self.restored is None else max(0, self.step - self.restored),
-            "recovery_seconds": round(last - self.began, 3),
-            "seconds": parts,
-        }
 
 
 class Lead:
@@ -87,7 +52,7 @@ class Lead:
     ):
         self._host, self._run_dir, self._changed, self._deadlines, self._env = host, run_dir, changed, deadlines, env
         self._generation, self._reached, self._failures = 0, 0, 0
-        self._count = _num_rows(run_dir / FILE)  # of incidents of this run folder
+        self._record = Record(run_dir)
         self._seen: list[Beat] = []  # of older generations, to learn from
         self._incident: Incident | None = None
         self._signals: list[int] = []
@@ -263,7 +228,7 @@ class Lead:
 
     def _gathered(self, found: Verdict, statuses: list[Status]) -> Verdict:
         """The same verdict with stacks behind it, which are gathered before anybody is killed."""
-        folder = self._run_dir / "incidents" / f"{self._count + 1:04}"
+        folder = self._record.folder / f"{self._record.number + 1:04}"
         with_frames = self._host.gather(statuses, folder)
         beats = [s.beat for s in statuses if s.beat]
         again = verdict.of_hang(with_frames, self._deadlines, self._seen + beats)
@@ -286,12 +251,13 @@ class Lead:
         self._seen = (self._seen + beats)[-64:]
         step = max([self._reached, *(beat.step for beat in beats)])
         self._failures = 1 if step > self._reached else self._failures + 1
-        self._count, self._reached = self._count + 1, step
+        self._reached = step
         began = min((s.ended for s in found.statuses if s.index in found.culprits and s.ended), default=None)
         silent = [s.beat.since for s in found.statuses if s.index in found.culprits and s.beat]
         began = began or min(silent, default=self._noticed)
-        self._incident = Incident(self._count, found, step, began, self._noticed, times)
-        as_lead(f"incident {self._count}: {found.line}")
+        self._incident = Incident(self._record.number + 1, found, step, began, self._noticed, times)
+        self._record.begin(self._incident)
+        as_lead(f"incident {self._incident.number}: {found.line}")
         if alive:
             raise RunError(
                 "a trainer could not be killed.",
@@ -320,30 +286,14 @@ class Lead:
 
     def _close_incident(self) -> None:
         incident, self._incident = self._incident, None
+        self._record.end(incident)
         row = incident.row()
-        try:
-            within(Deadline(DISK_S), lambda: _append(self._run_dir / FILE, json.dumps(row) + "\n"))
-        except OSError as error:  # a full disk is no reason to stop a run that goes on
-            as_lead(f"incident {incident.number} is not recorded: {error}")
         as_lead(f"incident {incident.number}: over after {row['recovery_seconds']:.1f} s, {row['replayed_steps']} steps again")
 
     def _forward(self, number: int, frame: object) -> None:
         self._signals.append(number)
         again = len(self._signals) > 1 and number == signal.SIGINT  # cluster managers repeat SIGTERM
         self._host.signal(signal.SIGKILL if again else number)
-
-
-def _num_rows(path: Path) -> int:
-    try:
-        return len(within(Deadline(DISK_S), path.read_text).splitlines())
-    except OSError:
-        return 0
-
-
-def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(line)
 
 
 def _unfinished(statuses: list[Status]) -> Verdict:

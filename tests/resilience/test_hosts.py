@@ -144,7 +144,7 @@ def test_a_host_that_was_put_aside_stays_so_when_another_leads(job, tmp_path):
     row = {"step": 12, "agreed": 0, "found_by": "majority", "suspects": [{"process": 1}]}
     (tmp_path / "corrupt").write_text(json.dumps(row) + "\n")
     three = job(3, steps=150, spares=1)
-    three.until("incident 1: over")
+    three.until("] generation 2")
     bad, lost = next(i for i in range(3) if "[p1] generation 1" in three.said(i)), three.lead()
     assert bad != lost
     three.signal(lost, signal.SIGKILL)

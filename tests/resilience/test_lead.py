@@ -13,6 +13,7 @@ import pytest
 from jaxtrain.errors import ConfigError
 from jaxtrain.resilience import pulse
 from jaxtrain.resilience.faults import Fault, parse
+from tests.resilience.lines import until
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60  # far above what any of these takes, below a test run's patience
@@ -145,6 +146,19 @@ def test_nothing_outlives_a_lead_that_is_killed(tmp_path):
     _assert_gone(tmp_path)
     code, _, _, _ = run(tmp_path)  # whose supervisor takes over what the killed one left in memory, and clears it
     assert code == 0 and not memory.exists()
+
+
+def test_an_incident_that_outlived_its_supervisor_has_a_row(tmp_path):
+    lead = start(tmp_path, "kill:process=1,step=12", "hang:process=0,step=12,generation=2", steps=100_000)
+    for line in lead.stdout:
+        if "] generation 2" in line:
+            break
+    until(lambda: (tmp_path / "incidents" / "0001.json").exists())
+    lead.kill()
+    lead.communicate(timeout=DEADLINE_S)
+    _, _, _, rows = run(tmp_path, "kill:process=0,step=22")
+    assert [row["incident"] for row in rows] == [1, 2] and [row["culprits"] for row in rows] == [[1], [0]]
+    assert rows[0]["tier"] == "its supervisor was lost first" and not [*(tmp_path / "incidents").iterdir()]
 
 
 def test_a_machine_that_stood_still_is_no_failure(tmp_path):
