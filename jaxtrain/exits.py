@@ -20,4 +20,5 @@ class Exit(IntEnum):
 
 
 FINAL = (Exit.MISUSED, Exit.DIVERGED)  # another start would not change them
+SAVED = (Exit.DONE, Exit.PREEMPTED, Exit.INTERRUPTED)  # the newest state is on the disk, if nobody was in a hurry
 AGAIN = (Exit.UNSAVED, Exit.PREEMPTED)  # a cluster manager may run the same command again, and count no failure

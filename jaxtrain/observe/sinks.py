@@ -90,7 +90,7 @@ class JsonlWriter:
         self._file = open(path, "ab", buffering=0)
 
     def write(self, row: Row) -> None:
-        _append(self._file, json.dumps(row).encode() + b"\n")
+        append(self._file, json.dumps(row).encode() + b"\n")
 
     def flush(self) -> None:
         os.fsync(self._file.fileno())
@@ -99,7 +99,7 @@ class JsonlWriter:
         self._file.close()
 
 
-def _append(file: FileIO, data: bytes) -> None:
+def append(file: FileIO, data: bytes) -> None:
     """One write: whole, or an error and nothing; torn where the process is killed in it, which the next run leaves out."""
     end = os.fstat(file.fileno()).st_size
     if (written := file.write(data)) < len(data):
@@ -155,7 +155,7 @@ class TensorBoardWriter:
         data = Event(wall_time=time.time(), **event).SerializeToString()
         size = struct.pack("<Q", len(data))
         crcs = (struct.pack("<I", masked_crc32c(part)) for part in (size, data))
-        _append(self._file, size + next(crcs) + data + next(crcs))
+        append(self._file, size + next(crcs) + data + next(crcs))
 
 
 class WandbWriter:

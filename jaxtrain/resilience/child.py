@@ -71,6 +71,8 @@ class Child:
     def _wait(self) -> None:
         self._process.wait()
         self.ended = time.monotonic()
+        with contextlib.suppress(OSError):  # what it did not read
+            self._process.stdin.close()
         self._changed.set()
 
     def _copy(self, source: IO[bytes], sink: IO[str]) -> None:
@@ -83,6 +85,7 @@ class Child:
             with _lock, contextlib.suppress(OSError):  # a reader that left, or a full disk, does not stop the run
                 sink.write(f"{self.head}{line}\n")
                 sink.flush()
+        source.close()
 
 
 def die_with_parent() -> None:

@@ -213,6 +213,13 @@ class Crew:
         self._remotes.tell({*names} - {self.name}, {"order": "aside"})
         return names
 
+    def tend(self) -> None:
+        """Each host replaces its own standbys."""
+        self._own.tend()
+
+    def forget(self) -> None:
+        self._own.forget()
+
     def close(self) -> None:
         """The supervisor ends the host that is its own."""
 

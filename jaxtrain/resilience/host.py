@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ from typing import IO
 from jaxtrain.errors import RunError
 from jaxtrain.resilience import evidence, pulse
 from jaxtrain.resilience.child import Child
+from jaxtrain.resilience.say import as_host
 from jaxtrain.resilience.verdict import Status, Verdict
 
-FENCE_S = 10.0  # for the kernel to end a process after SIGKILL: one in uninterruptible I/O takes as long as its disk
+FENCE_S = 300.0  # for the kernel to end a process after SIGKILL: one in uninterruptible I/O takes as long as its disk
+FENCE_SAID_S = 5.0  # of it, before it is said
+RESPAWN_S = 10.0  # at least from one standby that ended unasked to the next in its place
 
 TRAINER = (sys.executable, "-m", "jaxtrain.resilience.trainer")
 SERVICE = (sys.executable, "-m", "jaxtrain.resilience.service")
@@ -73,12 +77,14 @@ class Host:
         self._plan: Plan | None = None
         self._devices = devices
         self.generation = 0  # the last of which this host has heard
-        self.aside = False  # it trains no more, for it changes bits
+        self.aside = False  # it trains no more
+        self._needed = True
         self.folder, self._lock = folder, _held(folder)
         for old in folder.glob("*.pulse"):
             old.unlink()
         self._trainers: list[Child] = []
         self._standbys: list[Child] = []
+        self._prepared, self._tended = 0, 0.0  # for how many trainers there is a service; when standbys were replaced
         self._services: list[tuple[int, int, Child]] = []  # port, for how many trainers
         self.before_orders: Callable[[], object] = lambda: None  # when `pids` are new ones, and nothing of them runs yet
 
@@ -124,6 +130,10 @@ class Host:
 
     def prepare(self, count: int) -> None:
         """Standbys for every trainer of this host, and a service for `count`, if any: on their way when it returns."""
+        self._prepared = count
+        for child in [*self._standbys, *(row[2] for row in self._services)]:
+            if child.stopped():
+                child.kill(1.0)
         self._standbys = [child for child in self._standbys if child.ended is None]
         while len(self._standbys) < self.processes:
             command = [*self._trainer, *self._argv[1:]]
@@ -139,7 +149,14 @@ class Host:
 
     def ready(self) -> bool:
         """Whether all that was prepared waits for orders."""
-        return all(child.ready for child in self._standbys) and all(child.ready for _, _, child in self._services)
+        children = [*self._standbys, *(child for _, _, child in self._services)]
+        return all(child.ready and child.ended is None for child in children)
+
+    def tend(self) -> None:
+        """Replaces standbys that have ended unasked; to be called now and then."""
+        if any(child.ended for child in self._standbys) and time.monotonic() > self._tended + RESPAWN_S:
+            self._tended = time.monotonic()
+            self.prepare(self._prepared)
 
     def service(self, count: int) -> tuple[int, Child]:
         """A prepared service for `count` trainers: its port, and the process, which the caller ends."""
@@ -156,6 +173,7 @@ class Host:
         self.generation = plan.generation
         self.before_orders()
         for local, child in enumerate(self._trainers):
+            pulse.Pulse(self._pulse(plan, local), plan.generation)
             child.head = f"[p{plan.first + local}] "
             child.tell(json.dumps({"env": self._place(plan, local), "argv": [*self._argv, *plan.argv]}))
         return all(child.ready for child in self._trainers)
@@ -185,18 +203,26 @@ class Host:
         """Kills all trainers; those that the kernel has not ended in time, in words."""
         for child in self._trainers:
             child.signal(signal.SIGKILL)
-        alive = [f"process {child.pid} on {self.name}" for child in self._trainers if not child.kill(FENCE_S)]
+        stuck = [child for child in self._trainers if not child.kill(FENCE_SAID_S)]
+        if stuck:
+            as_host(f"processes {[child.pid for child in stuck]} do not end: the kernel waits for a device or a disk")
+        alive = [f"process {child.pid} on {self.name}" for child in stuck if not child.kill(FENCE_S)]
         self._trainers = []
         return alive
 
+    def forget(self) -> None:
+        """The run's state is on its disk: snapshots are needed no more."""
+        self._needed = False
+
     def close(self) -> None:
-        """Ends everything that was started here."""
+        """Ends everything that was started here. Snapshots that are needed stay, for the same command to go on from."""
         children = [*self._trainers, *self._standbys, *(child for _, _, child in self._services)]
         for child in children:
             child.signal(signal.SIGKILL)
         for child in children:
-            child.kill(FENCE_S)
-        shutil.rmtree(self.folder, ignore_errors=True)
+            child.kill(FENCE_SAID_S)
+        if not self._needed:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     def _beat(self, plan: Plan, local: int) -> pulse.Beat | None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.background import Deadline, in_background, within
+from jaxtrain.errors import RunError
+from jaxtrain.observe.sinks import append, read_rows
 from jaxtrain.resilience import verdict
 from jaxtrain.resilience.say import as_lead
 from jaxtrain.resilience.verdict import Verdict
 
 FILE, FOLDER = "incidents.jsonl", "incidents"
 DISK_S = 2.0  # for the run folder to answer
+FAILED, UNSEEN = "the recovery failed", "not seen to its end"
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Incident:
     noticed: float
     times: dict[str, float] = field(default_factory=dict)  # when each part of the recovery was done
     restored: int | None = None
+    lost: str = ""  # why no generation got as far again
     tier: str = ""  # of the recovery: which processes
     state: str = ""  # from which tier: "snapshot" or "checkpoint"; "" from nothing
 
@@ -45,10 +49,10 @@ class Incident:
             "incident": self.number,
             "step": self.step,
             **verdict.as_json(self.verdict),
-            "tier": f"{self.tier}, {self.state or 'nothing'}",
+            "tier": self.lost or f"{self.tier}, {self.state or 'nothing'}",
             "restored_step": self.restored,
             "replayed_steps": None if self.restored is None else max(0, self.step - self.restored),
-            "recovery_seconds": round(last - self.began, 3),
+            "recovery_seconds": None if self.lost else round(last - self.began, 3),
             "seconds": parts,
         }
 
@@ -58,27 +62,30 @@ class Record:
 
     def __init__(self, run_dir: Path):
         self.folder, self._rows, self.number = run_dir / FOLDER, run_dir / FILE, 0
+        self._waiting: list[str] = []  # rows that a disk did not take
         try:
             self.number = within(Deadline(DISK_S), self._taken_up)
-        except OSError as error:
+        except (OSError, ValueError, KeyError, RunError) as error:
             as_lead(f"the incidents before are not known: {error}")
 
     def begin(self, incident: Incident) -> None:
         """Waits for nothing."""
         self.number = incident.number
-        row = incident.row() | {"tier": "its supervisor was lost first", "recovery_seconds": None}
-        in_background(lambda: self._write(self._of(incident.number), json.dumps(row)))
+        row = json.dumps(replace(incident, lost=UNSEEN).row())
+        in_background(lambda: self._write(self._of(incident.number), row))  # where that fails `end` says so
 
     def end(self, incident: Incident) -> None:
-        line = json.dumps(incident.row()) + "\n"
+        """Its row; what a disk does not take is said, and tried again with the next."""
+        self._waiting.append(json.dumps(incident.row()) + "\n")
 
         def work() -> None:
-            _append(self._rows, line)
+            _append(self._rows, "".join(self._waiting))
             self._of(incident.number).unlink(missing_ok=True)
 
         try:
             within(Deadline(DISK_S), work)
-        except OSError as error:  # a full disk is no reason to stop a run that goes on
+            self._waiting.clear()
+        except OSError as error:  # no reason to stop a run that goes on
             as_lead(f"incident {incident.number} is not recorded: {error}")
 
     def _of(self, number: int) -> Path:
@@ -92,18 +99,20 @@ class Record:
 
     def _taken_up(self) -> int:
         """The last number, after what was left unfinished has become rows."""
-        lines = self._rows.read_text().splitlines() if self._rows.exists() else []
-        known = {number for number, _ in enumerate(lines, 1)}
+        if self._rows.exists():
+            whole = self._rows.read_bytes().rpartition(b"\n")
+            os.truncate(self._rows, len(whole[0]) + len(whole[1]))  # a torn last line, which nobody saw whole
+        known = {row["incident"] for row in read_rows(self._rows)}
         for path in sorted(self.folder.glob("*.json")):
-            number = int(path.stem)
+            number = json.loads(text := path.read_text())["incident"]
             if number not in known:
-                _append(self._rows, path.read_text() + "\n")
+                _append(self._rows, text + "\n")
                 known.add(number)
             path.unlink()
         return max(known, default=0)
 
 
-def _append(path: Path, line: str) -> None:
+def _append(path: Path, lines: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(line)
+    with open(path, "ab", buffering=0) as file:
+        append(file, lines.encode())

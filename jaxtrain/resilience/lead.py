@@ -21,10 +21,10 @@ from jaxtrain.resilience import verdict, verified, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
-from jaxtrain.resilience.incidents import DISK_S, FILE, Incident, Record
+from jaxtrain.resilience.incidents import DISK_S, FAILED, FILE, UNSEEN, Incident, Record
 from jaxtrain.resilience.pulse import Beat
 from jaxtrain.resilience.say import as_lead
-from jaxtrain.resilience.verdict import Status, Verdict, as_shell
+from jaxtrain.resilience.verdict import Status, Verdict
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CALM_S = 0.1  # between two looks at the pulses while the run runs: at 0.02 s the looks took 1 % of a core
@@ -32,8 +32,10 @@ STOP_S = 300.0  # for a last checkpoint after a signal
 FINISH_S = 600.0  # for the others to end after one has ended well
 AGAIN_S = 10.0  # for the others to say why they end, where one was given what no trainer can run
 ASLEEP_S = 2.0  # without a look: the machine or this process stood still, and the trainers may have
-STOPPED = (Exit.INTERRUPTED, *AGAIN, 143)  # of a trainer that was told to stop; 143: before it heard signals
+ORDERLY = (Exit.INTERRUPTED, *AGAIN)  # of a trainer that was told to stop
+SERVICE_S = 2.0  # for trainers to end after the coordination service has
 ATTEMPTS = 5  # generations in a row without a new step
+BLAMED, IN_VAIN = 5, 2  # times in a row that one host is to blame before it is put aside; the same without a new step
 PAUSES_S = (0.0, 5.0, 20.0, 60.0)  # before the attempts after the first, where trainers did not get to train: a full disk may pass
 
 
@@ -56,7 +58,8 @@ class Lead:
         self._seen: list[Beat] = []  # of older generations, to learn from
         self._incident: Incident | None = None
         self._signals: list[int] = []
-        self._noticed, self._looked = 0.0, 0.0
+        self._blamed: tuple[set[str], int] = (set(), 0)  # the hosts that were to blame last, and how often in a row
+        self._noticed, self._looked, self._service_stopped = 0.0, 0.0, 0.0
         self._vitals, self._pace, self._said = vitals.Vitals(run_dir), vitals.Pace(), set[str]()
         if took_over:
             found, began = took_over
@@ -79,7 +82,7 @@ class Lead:
                     alive = self._host.fence()
                     service.kill(1.0)
                 if isinstance(ended, int):
-                    if self._incident:  # the run ended while it caught up
+                    if self._incident and ended == 0:  # the run ended while it caught up
                         self._close_incident()
                     return ended
                 found = self._host.explained(ended)
@@ -88,6 +91,8 @@ class Lead:
                 if self._signals:
                     return self._stopped()
         finally:
+            if self._incident:
+                self._close_incident(UNSEEN)
             self._host.close()
             for number, handler in old.items():
                 signal.signal(number, handler)
@@ -131,9 +136,10 @@ class Lead:
             statuses = self._host.statuses()
             codes = [s.code for s in statuses]
             if all(code == 0 for code in codes):
+                self._host.forget()
                 return 0
             self._noticed = time.monotonic()
-            if trouble := self._host.trouble():
+            if trouble := self._host.trouble() or self._without_service(statuses):
                 return trouble
             if any(codes):
                 return self._exits()
@@ -149,12 +155,26 @@ class Lead:
             sure = time.monotonic() > awake + self._deadlines.floor and not self._host.unsure()
             if sure and (hang := verdict.of_hang(statuses, self._deadlines, self._seen + beats)):
                 found = self._gathered(hang, statuses)
-                if not self._went_on(hang):
+                if not self._went_on(found):
                     return found
             if any(code == 0 for code in codes):
                 ended_well = ended_well or time.monotonic()
                 if time.monotonic() > ended_well + FINISH_S:
                     return self._gathered(_unfinished(statuses), statuses)
+
+    def _without_service(self, statuses: list[Status]) -> Verdict | None:
+        """Trainers that have met by the service die with it; those that have not, and all where it stands still, wait."""
+        if self._service.ended:
+            since, limit, how = self._service.ended, SERVICE_S, f"ended by {verdict.code_in_words(self._service.code)}"
+        elif self._service.stopped():
+            self._service_stopped = since = self._service_stopped or time.monotonic()
+            limit, how = self._deadlines.floor, "was stopped"
+        else:
+            self._service_stopped = 0.0
+            return None
+        if time.monotonic() < since + limit:
+            return None
+        return Verdict(what="service lost", culprits=(), line=f"the coordination service {how}", statuses=statuses)
 
     def _progress(self, beats: list[Beat]) -> None:
         """Notes what was reached; the first new step ends an incident."""
@@ -183,6 +203,7 @@ class Lead:
         if now < self._looked + vitals.EVERY_S:
             return
         self._looked = now
+        self._host.tend()
         if len(beats) < self._host.processes or any(beat.phase in vitals.APART for beat in beats):
             self._pace.restart()
             slow = ""
@@ -200,8 +221,11 @@ class Lead:
         if trouble := self._host.trouble():
             return trouble
         codes = {s.code for s in statuses if s.code}
-        if self._signals or codes & {*FINAL, *STOPPED}:
-            return self._last_exits(AGAIN_S if codes & set(FINAL) else STOP_S)
+        if final := codes & {*FINAL}:
+            self._last_exits(AGAIN_S)
+            return min(final)
+        if self._signals or codes & {*ORDERLY}:
+            return self._last_exits(STOP_S)
         found = verdict.of_exits(statuses, self._service.code, self._service.ended)
         if Exit.CORRUPTED not in codes:
             return found
@@ -215,16 +239,28 @@ class Lead:
             found = replace(found, line=f"{found.line}; {', '.join(aside)} is put aside: its devices or memory change bits")
         return found
 
-    def _last_exits(self, limit_s: float) -> int:
+    def _last_exits(self, limit_s: float) -> int | Verdict:
+        """Waits for all to end by themselves: the code of those that stopped as they should, or of a stop without a save."""
         end = time.monotonic() + limit_s
-        while time.monotonic() < end and any(s.code is None for s in self._host.statuses()):
+        while True:
+            statuses = self._host.statuses()
+            failed = [s for s in statuses if s.code and s.code not in ORDERLY and -s.code not in self._signals]
+            if failed:  # without it the others cannot save
+                end = min(end, failed[0].ended + AGAIN_S)
+            left = [s.index for s in statuses if s.code is None]
+            if not left or time.monotonic() > end:
+                break
             self._changed.wait(self._host.poll_s)
             self._changed.clear()
-        statuses = self._host.statuses()
-        if left := [s.index for s in statuses if s.code is None]:
-            as_lead(f"ending processes {left}, which did not end by themselves in {limit_s:.0f} s")
-        ended = sorted((s for s in statuses if s.code), key=lambda s: s.ended)
-        return as_shell(ended[0].code) if ended else 1
+        if left:
+            as_lead(f"ending processes {left}, which did not end by themselves")
+        codes = [s.code for s in sorted((s for s in statuses if s.code), key=lambda s: s.ended)]
+        if codes and not left and {*codes} <= {*ORDERLY}:
+            self._host.forget()
+            return codes[0]
+        if failed and self._signals.count(signal.SIGINT) < 2:  # the second ends all at once
+            self._begin(verdict.of_exits(failed), {})
+        return self._stopped()
 
     def _gathered(self, found: Verdict, statuses: list[Status]) -> Verdict:
         """The same verdict with stacks behind it, which are gathered before anybody is killed."""
@@ -245,19 +281,12 @@ class Lead:
 
     def _after(self, found: Verdict, alive: list[str], times: dict[str, float]) -> None:
         """Records the incident; raises RunError where going on makes no sense."""
-        if self._incident:  # the recovery failed too
-            self._close_incident()
         beats = [s.beat for s in found.statuses if s.beat]
         self._seen = (self._seen + beats)[-64:]
         step = max([self._reached, *(beat.step for beat in beats)])
         self._failures = 1 if step > self._reached else self._failures + 1
         self._reached = step
-        began = min((s.ended for s in found.statuses if s.index in found.culprits and s.ended), default=None)
-        silent = [s.beat.since for s in found.statuses if s.index in found.culprits and s.beat]
-        began = began or min(silent, default=self._noticed)
-        self._incident = Incident(self._record.number + 1, found, step, began, self._noticed, times)
-        self._record.begin(self._incident)
-        as_lead(f"incident {self._incident.number}: {found.line}")
+        self._begin(self._without_host(found), times)
         if alive:
             raise RunError(
                 "a trainer could not be killed.",
@@ -266,13 +295,32 @@ class Lead:
                 fix="a process that the kernel cannot end waits for a device or a disk: look at dmesg",
             )
         if self._failures >= ATTEMPTS:
-            self._close_incident()
             raise RunError(
                 f"{self._failures} generations in a row made no new step.",
                 got=f"the last: {found.line}",
                 rule=f"the run reached step {self._reached} and does not get beyond it",
                 fix=f"look at what the trainers printed, and at {self._run_dir / FILE}",
             )
+
+    def _begin(self, found: Verdict, times: dict[str, float]) -> None:
+        if self._incident:  # the recovery failed too
+            self._close_incident(FAILED)
+        began = min((s.ended for s in found.statuses if s.index in found.culprits and s.ended), default=None)
+        silent = [s.beat.since for s in found.statuses if s.index in found.culprits and s.beat]
+        began = began or min(silent, default=self._noticed)
+        self._incident = Incident(self._record.number + 1, found, self._reached, began, self._noticed, times)
+        self._record.begin(self._incident)
+        as_lead(f"incident {self._incident.number}: {found.line}")
+
+    def _without_host(self, found: Verdict) -> Verdict:
+        """The verdict; where one host is to blame again and again it trains no more, if the run can do without it."""
+        hosts = {s.host for s in found.statuses if s.index in found.culprits}
+        self._blamed = (hosts, self._blamed[1] + 1) if hosts == self._blamed[0] else (hosts, 1)
+        most = IN_VAIN if self._failures > 1 else BLAMED
+        if len(hosts) != 1 or self._blamed[1] < most or not (aside := self._host.put_aside(found.culprits)):
+            return found
+        line = f"{found.line}; {', '.join(aside)} is put aside: it was to blame {self._blamed[1]} times in a row"
+        return replace(found, line=line)
 
     def _pause(self, found: Verdict) -> None:
         trained = any(s.beat and s.beat.phase not in ("start", "restore") for s in found.statuses)
@@ -284,11 +332,12 @@ class Lead:
             self._changed.wait(self._host.poll_s)
             self._changed.clear()
 
-    def _close_incident(self) -> None:
-        incident, self._incident = self._incident, None
+    def _close_incident(self, lost: str = "") -> None:
+        incident, self._incident = replace(self._incident, lost=lost), None
         self._record.end(incident)
         row = incident.row()
-        as_lead(f"incident {incident.number}: over after {row['recovery_seconds']:.1f} s, {row['replayed_steps']} steps again")
+        how = lost or f"over after {row['recovery_seconds']:.1f} s, {row['replayed_steps']} steps again"
+        as_lead(f"incident {incident.number}: {how}")
 
     def _forward(self, number: int, frame: object) -> None:
         self._signals.append(number)

@@ -45,12 +45,15 @@ class Beat:
 
 
 class Pulse:
-    """The writing end. Without a path it writes where nobody reads."""
+    """The writing end, in phase "start" at first. Without a path it writes where nobody reads.
+
+    A supervisor begins one for each trainer that it starts, so that one that never comes to its own counts as late too.
+    """
 
     def __init__(self, path: Path | None = None, generation: int = 0, at: Callable[[str, int], None] | None = None):
         """`at` is called with every phase and step, after they are written: where faults are injected."""
         self._memory = mmap.mmap(-1, SIZE) if path is None else _mapped(path)
-        self._generation, self._sequence, self._at = generation, 0, at
+        self._generation, self._sequence, self._at = generation, _HEAD.unpack_from(self._memory)[0], at
         self._counts, self._longest = [0] * len(PHASES), [0.0] * len(PHASES)
         self._phase, self._since = PHASES.index("start"), time.monotonic_ns()
         self._write(0)

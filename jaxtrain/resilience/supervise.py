@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxtrain.errors import UserError
-from jaxtrain.exits import Exit
+from jaxtrain.exits import SAVED, Exit
 from jaxtrain.resilience.crew import Crew, Terms
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.follow import Follower
@@ -42,6 +42,8 @@ def supervise(
         while True:
             code = follower.run()
             if code is not None:
+                if code in SAVED:
+                    host.forget()
                 return code
             as_lead(f"host {host.name} leads, term {tenure.mine}")
             lost, why = follower.took_over()

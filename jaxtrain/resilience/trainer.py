@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 
+from jaxtrain.resilience import pulse
 from jaxtrain.resilience.child import READY, die_with_parent
 
 _NICENESS = 19  # while it imports: the trainers that run have the CPUs
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
         os._exit(0)
     order = json.loads(line)
     os.environ.update(order["env"])
+    pulse.mine()  # it has its orders
 
     from jaxtrain.__main__ import main as run
 

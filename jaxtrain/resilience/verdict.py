@@ -128,10 +128,5 @@ def code_in_words(code: int) -> str:
     return f"exit code {code}"
 
 
-def as_shell(code: int) -> int:
-    """An exit code as a shell counts it: 128 + the signal."""
-    return code if code >= 0 else 128 - code
-
-
 def as_json(verdict: Verdict) -> Mapping[str, object]:
     return {"what": verdict.what, "culprits": list(verdict.culprits), "line": verdict.line}

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from jaxtrain.resilience.host import memory_folder
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 150  # far above what any of these takes
@@ -121,6 +124,9 @@ class Job:
             process.kill()
             process.wait()
         assert_gone(self.folder)
+        for run_dir in (self.folder, self.folder / "tiny"):
+            for name in self.addresses:
+                shutil.rmtree(memory_folder(run_dir, name), ignore_errors=True)
 
 
 def free_ports(count):

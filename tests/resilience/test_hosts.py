@@ -139,6 +139,15 @@ def test_a_host_that_changes_bits_is_put_aside(job, tmp_path):
     assert "generation 2" not in three.said(bad) and three.said().count("] generation 2") == 2
 
 
+def test_a_host_that_fails_again_and_again_gives_way_to_a_spare(job):
+    three = job(3, steps=60, spares=1, faults=[f"exit:process=1,step=12,generation={number}" for number in (1, 2)])
+    assert set(three.end().values()) == {0}
+    first, second = three.rows()
+    bad = next(i for i in range(3) if "[p1] generation 1" in three.said(i))
+    assert "put aside" not in first["line"] and f"{three.addresses[bad]} is put aside: it was to blame 2 times" in second["line"]
+    assert "generation 3" not in three.said(bad) and three.said().count("] generation 3") == 2
+
+
 @pytest.mark.slow
 def test_a_host_that_was_put_aside_stays_so_when_another_leads(job, tmp_path):
     row = {"step": 12, "agreed": 0, "found_by": "majority", "suspects": [{"process": 1}]}

@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.exits import Exit
 from jaxtrain.resilience import pulse
 from jaxtrain.resilience.faults import Fault, parse
+from jaxtrain.resilience.host import Host, Plan, memory_folder
 from tests.resilience.lines import until
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +44,13 @@ except UserError as error:
     print(error, file=sys.stderr)
     sys.exit(1)
 """
+
+
+@pytest.fixture(autouse=True)
+def forgotten(tmp_path):
+    """What a run that did not end well leaves in memory for the next."""
+    yield
+    shutil.rmtree(memory_folder(tmp_path), ignore_errors=True)
 
 
 def start(folder, *faults, steps=30, processes=2):
@@ -102,6 +113,8 @@ def test_generations_that_make_no_progress_end_the_run_with_a_report(tmp_path):
     code, _, errors, rows = run(tmp_path, *faults)
     assert code == 1 and len(rows) == 5
     assert "5 generations in a row made no new step" in errors and "does not get beyond it" in errors
+    assert [row["tier"] for row in rows] == ["the recovery failed"] * 4 + ["not seen to its end"]
+    assert memory_folder(tmp_path).exists()  # with the newest snapshots, for the same command
 
 
 @pytest.mark.slow
@@ -131,9 +144,61 @@ def test_a_signal_ends_the_run_and_nothing_outlives_it(tmp_path, number):
         assert "from step 0" in lead.stdout.readline()
     lead.send_signal(number)
     lead.communicate(timeout=DEADLINE_S)
-    assert lead.returncode == 128 + number
-    assert not memory.exists()
+    assert lead.returncode == {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.UNSAVED}[number]
+    assert memory.exists()  # for nothing was saved
     _assert_gone(tmp_path)
+
+
+def test_a_stop_that_a_dead_trainer_makes_vain_has_a_row_and_is_tried_again(tmp_path):
+    lead = start(tmp_path, steps=100_000)
+    lead.stdout.readline()
+    for _ in range(2):
+        assert "from step 0" in lead.stdout.readline()
+    os.kill(pulse.read(memory_folder(tmp_path) / "1.1.pulse").pid, signal.SIGKILL)
+    lead.send_signal(signal.SIGTERM)
+    lead.communicate(timeout=DEADLINE_S)
+    assert lead.returncode == Exit.UNSAVED
+    (row,) = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert row["what"] == "SIGKILL" and row["culprits"] == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_coordination_service_that_is_lost_is_missed_though_no_trainer_ends(tmp_path, number):
+    lead = start(tmp_path, steps=400)
+    lead.stdout.readline()
+    for _ in range(2):
+        assert "from step 0" in lead.stdout.readline()
+    children = Path(f"/proc/{lead.pid}/task/{lead.pid}/children").read_text().split()
+    service = [pid for pid in children if "input()" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(service[0]), number)  # the next generation's may be there
+    _, errors = lead.communicate(timeout=DEADLINE_S)
+    (row,) = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert lead.returncode == 0 and row["what"] == "service lost" and row["culprits"] == [], errors
+
+
+def test_trainers_are_late_before_they_have_said_a_word_and_a_stopped_standby_is_replaced(tmp_path):
+    silent = [sys.executable, "-c", "from jaxtrain.resilience.child import READY; print(READY, flush=True); input(); input()"]
+    host = Host(["train"], 2, memory_folder(tmp_path), threading.Event(), trainer=silent)
+    try:
+        host.prepare(0)
+        until(host.ready)
+        stopped = host._standbys[0].pid
+        os.kill(stopped, signal.SIGSTOP)
+        until(host._standbys[0].stopped)
+        host.prepare(0)
+        assert stopped not in [child.pid for child in host._standbys] and len(host._standbys) == 2
+        host.start(Plan(generation=3, service="", first=0, count=2, env={}))
+        assert [(s.beat.phase, s.beat.generation) for s in host.statuses()] == [("start", 3)] * 2
+        host.prepare(0)
+        until(host.ready)
+        host._standbys[0].kill(10.0)
+        assert not host.ready()
+        host.tend()
+        until(host.ready)
+    finally:
+        host.forget()
+        host.close()
+    assert not memory_folder(tmp_path).exists()
 
 
 def test_nothing_outlives_a_lead_that_is_killed(tmp_path):
@@ -158,7 +223,7 @@ def test_an_incident_that_outlived_its_supervisor_has_a_row(tmp_path):
     lead.communicate(timeout=DEADLINE_S)
     _, _, _, rows = run(tmp_path, "kill:process=0,step=22")
     assert [row["incident"] for row in rows] == [1, 2] and [row["culprits"] for row in rows] == [[1], [0]]
-    assert rows[0]["tier"] == "its supervisor was lost first" and not [*(tmp_path / "incidents").iterdir()]
+    assert rows[0]["tier"] == "not seen to its end" and not [*(tmp_path / "incidents").iterdir()]
 
 
 def test_a_machine_that_stood_still_is_no_failure(tmp_path):
