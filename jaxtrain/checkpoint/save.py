@@ -212,11 +212,20 @@ class Checkpoints:
             raise complaints.unusable(what, error, self.directory, self.config.deadline_seconds) from error
 
     def _open(self) -> None:
+        """A folder that is new must take a file; a run that goes on does so where it takes none, as when a save fails."""
+        fresh = not self.directory.exists()
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in files.leftovers(self.directory):
             shutil.rmtree(path)
-        files.write_durably(self.directory / ".writable", b"")
-        (self.directory / ".writable").unlink()
+        try:
+            files.write_durably(self.directory / ".writable", b"")
+            (self.directory / ".writable").unlink()
+        except OSError as error:
+            if fresh:
+                self.directory.rmdir()
+                raise
+            what = f"{self.directory} takes no file now ({manifest.in_words(error)}); the run goes on, and tries to save"
+            print(what, file=sys.stderr, flush=True)
 
     def _ready(self, step: int) -> bool:
         """Whether no process has a save under way any more; all come to the same answer, and to one count of failures."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,7 +20,8 @@ class RunFolder:
     """The lead process's hold on runs/NAME: locked while it lives, whatever ends it.
 
     Raises RunError where another live process holds it, where it cannot be written, or where it belongs to another
-    config and `accept_changes` is not given; an accepted change is kept beside the first config, never over it.
+    config and `accept_changes` is not given; an accepted change is kept beside the first config, never over it. Where the
+    run exists, what it can do without is tried only: a disk that is full must not keep it from going on.
     """
 
     def __init__(self, config: RunConfig, environment: dict[str, Any], accept_changes: bool = False):
@@ -28,8 +31,9 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = undo.enter_context(open(self.path / "lock", "a+"))
                 _lock(self._lock, self.path)
+                exists = (self.path / "config.json").exists()
                 self._keep_config(encode(config), accept_changes)
-                write_json(self.path / "environment.json", environment)
+                _write(self.path / "environment.json", environment, needed=not exists)
                 undo.pop_all()
         except OSError as error:
             raise RunError(
@@ -44,11 +48,11 @@ class RunFolder:
     def _keep_config(self, new: dict, accept_changes: bool) -> None:
         kept = _config_files(self.path)
         if not kept or not any(self.path.glob("checkpoints/*/manifest.json")):  # nothing yet that could be continued
-            return write_json(self.path / "config.json", new)
+            return _write(self.path / "config.json", new, needed=not kept or _is_another(kept[0], new))
         changed = differences(_read_json(kept[-1]), new)
         if not changed:
             return None
-        strict = {path: pair for path, pair in changed.items() if path.split(".")[0] not in FREE_TO_CHANGE}
+        strict = _strict(changed)
         if strict and not accept_changes:
             raise RunError(
                 f"{self.path} belongs to a run of another config.",
@@ -57,7 +61,19 @@ class RunFolder:
                 fix="another --name, or --accept-changes to continue this run with the new config",
             )
         print(f"continuing {self.path} with a changed config:\n        {_table(changed)}", flush=True)
-        return write_json(self.path / f"config.{len(kept)}.json", new)
+        return _write(self.path / f"config.{len(kept)}.json", new, needed=bool(strict))
+
+
+def _strict(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    return {path: pair for path, pair in changed.items() if path.split(".")[0] not in FREE_TO_CHANGE}
+
+
+def _is_another(path: Path, new: dict) -> bool:
+    """Whether the config that is kept there would stand for another run than this, or for none."""
+    try:
+        return bool(_strict(differences(json.loads(path.read_text()), new)))
+    except ValueError:
+        return True
 
 
 def _table(changed: dict[str, tuple[Any, Any]]) -> str:
@@ -96,12 +112,28 @@ def _lock(file: TextIO, run_dir: Path) -> None:
             fix="end that process, or choose another --name",
         ) from error
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # the lock holds without a name; past the buffer, which closing would write again
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Atomic: a reader sees the old file or the new one."""
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(fresh, path)
+    data, fresh = json.dumps(value, indent=1).encode() + b"\n", path.with_suffix(".tmp")
+    if path.exists() and path.read_bytes() == data:
+        return
+    try:
+        fresh.write_bytes(data)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _write(path: Path, value: Any, needed: bool) -> None:
+    """As `write_json`; what is not needed and cannot be written is said, and left as it is."""
+    try:
+        write_json(path, value)
+    except OSError as error:
+        if needed:
+            raise
+        with contextlib.suppress(OSError):  # stderr may be a file on the same disk
+            print(f"{path} is not written ({error.strerror or error}); the run goes on", file=sys.stderr, flush=True)

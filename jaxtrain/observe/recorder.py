@@ -21,15 +21,13 @@ WAITING_BYTES = 64 << 20  # of one sink's rows, as JSON, that may wait for a dis
 
 
 class Recorder:
-    """One per run. `sinks` is empty on all processes but the lead. Raises RunError where a sink cannot be opened."""
+    """One per run. `sinks` is empty on all processes but the lead.
+
+    Raises RunError where a sink cannot be opened at the run's beginning; that of a run which goes on waits for its disk.
+    """
 
     def __init__(self, sinks: tuple[Sink, ...], run_dir: Path, first_step: int, steps: int):
-        self._run_dir, self._writers = run_dir, []
-        for sink in sinks:
-            try:
-                self._writers.append(_Patient(sink.open(run_dir, first_step, steps), run_dir))
-            except OSError as error:
-                raise _unwritten("cannot write metrics", run_dir, f"{error.strerror} ({type(sink).__name__})") from error
+        self._writers = [_Patient(sink, run_dir, first_step, steps) for sink in sinks]
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """A row that a disk does not take waits in memory, and that is said. Raises RunError where too many wait."""
@@ -55,12 +53,20 @@ class Recorder:
 
 
 class _Patient:
-    """A writer that keeps what its disk does not take, and tries again with every further row."""
+    """A sink's writer that keeps what its disk does not take, and tries again with every further row."""
 
-    def __init__(self, writer: Writer, run_dir: Path):
-        self._writer, self._run_dir = writer, run_dir
+    def __init__(self, sink: Sink, run_dir: Path, first_step: int, steps: int):
+        self._open = lambda: sink.open(run_dir, first_step, steps)
+        self._run_dir, self._name = run_dir, type(sink).__name__
+        self._writer: Writer | None = None
         self._waiting: deque[Row] = deque()
         self._size, self._why = 0, ""
+        try:
+            self._writer = self._open()
+        except OSError as error:
+            if first_step == 0:
+                raise _unwritten("cannot write metrics", run_dir, f"{error.strerror} ({self._name})") from error
+            self._refused(error)
 
     def write(self, row: Row) -> None:
         self._waiting.append(row)
@@ -72,39 +78,43 @@ class _Patient:
     def flush(self) -> None:
         """What waits is not there to be kept; but what a disk took and cannot keep has to be computed again."""
         self._try()
-        if not self._waiting:
+        if self._writer and not self._waiting:
             self._final(self._writer.flush)
 
     def close(self) -> None:
         self._try()
-        self._final(self._writer.close)
+        if self._writer:
+            self._final(self._writer.close)
         if self._waiting:
             raise self._lost()
 
     def _try(self) -> None:
         many = len(self._waiting)
         try:
+            self._writer = self._writer or self._open()
             while self._waiting:
-                self._writer.write(row := self._waiting.popleft())
+                row = self._waiting.popleft()  # before it is written: what is interrupted there is not written twice
+                try:
+                    self._writer.write(row)
+                except OSError:
+                    self._waiting.appendleft(row)
+                    raise
         except OSError as error:
-            self._waiting.appendleft(row)
-            if not self._why:
-                self._say(f"METRICS ARE NOT WRITTEN ({_reason(error)}): rows wait in memory")
-            self._why = _reason(error)
-            return
+            return self._refused(error)
         if self._why:
             self._say(f"metrics are written again, {many} rows at once")
         self._why = ""
+
+    def _refused(self, error: OSError) -> None:
+        if not self._why:
+            self._say(f"METRICS ARE NOT WRITTEN ({_reason(error)}): rows wait in memory")
+        self._why = _reason(error)
 
     def _final(self, act: Callable[[], None]) -> None:
         try:
             act()
         except OSError as error:
             raise _unwritten("cannot write metrics", self._run_dir, f"{_reason(error)} ({self._name})") from error
-
-    @property
-    def _name(self) -> str:
-        return type(self._writer).__name__
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):  # stderr may be a file on the same disk

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,11 +84,10 @@ class JsonlWriter:
     """Appends rows; opening cuts rows after `first_step` and a torn last line, which a killed process may have left."""
 
     def __init__(self, path: Path, first_step: int):
-        keep = [line for line, row in _lines(path) if row["step"] <= first_step]
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(keep))
-        os.replace(fresh, path)
+        kept = sum(1 for _ in takewhile(lambda pair: pair[1]["step"] <= first_step, _lines(path)))
         self._file = open(path, "ab", buffering=0)
+        lines = path.read_bytes().split(b"\n")[:kept]
+        self._file.truncate(sum(len(line) + 1 for line in lines))  # in place: a full disk has room for that
 
     def write(self, row: Row) -> None:
         append(self._file, json.dumps(row).encode() + b"\n")
@@ -134,8 +134,14 @@ class TensorBoardWriter:
         directory.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
         self._file = open(directory / name, "ab", buffering=0)
-        self._append(file_version="brain.Event:2")
-        self._append(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges from there on
+        try:
+            self._append(file_version="brain.Event:2")
+            self._append(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges from there on
+        except OSError:  # it is opened again, as another file
+            if not os.fstat(self._file.fileno()).st_size:
+                (directory / name).unlink()
+            self._file.close()
+            raise
 
     def write(self, row: Row) -> None:
         scalars = {name: value for name, value in row.items() if name != "step" and not isinstance(value, list)}

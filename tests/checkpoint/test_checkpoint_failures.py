@@ -1,7 +1,8 @@
 """Saves that fail: training goes on while the patience lasts, and says so; file systems that are full, read-only, silent."""
 
+import errno
+import os
 import shutil
-import subprocess
 import threading
 import time
 
@@ -10,24 +11,10 @@ import pytest
 
 from jaxtrain.checkpoint import CheckpointConfig, Checkpoints, files, manifest, peers, save, storage
 from jaxtrain.errors import CheckpointError, ConfigError
+from tests.disk import disk, remount  # noqa: F401
 
 NOTE = dict(config={}, data={})
 STATE = {"x": jnp.ones(1 << 10)}
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 4 MB, that can be filled and made read-only."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True).returncode:
-        pytest.skip("mounting needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def remount(disk, mode):
-    subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], check=True)
 
 
 @pytest.fixture
@@ -135,6 +122,20 @@ def test_a_disk_that_becomes_read_only_fails_the_save_and_leftovers_go_when_it_i
     saved(checkpoints, 4)
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["1", "4"]
     checkpoints.close()
+
+
+def test_a_folder_that_takes_no_file_is_said_where_there_are_checkpoints_and_refused_where_it_is_new(opened, folder, monkeypatch, capsys):
+    saved(opened(), 1)
+
+    def refused(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "write_durably", refused)
+    assert opened().latest(STATE)[1].step == 1
+    assert capsys.readouterr().err.count("takes no file now (OSError: [Errno 28] No space left on device); the run goes on") == 1
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="cannot be kept"):
+            Checkpoints(folder.parent / "new", CheckpointConfig())
 
 
 def test_a_disk_that_does_not_answer_never_holds_the_loop_for_long(opened, silent, capsys):

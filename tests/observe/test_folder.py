@@ -12,6 +12,7 @@ import pytest
 from jaxtrain.errors import RunError
 from jaxtrain.observe.folder import RunFolder
 from jaxtrain.train.optim import AdamW
+from tests.disk import disk, fill  # noqa: F401
 from tests.tiny import TINY
 
 
@@ -105,3 +106,34 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_a_fix(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write the run folder"):
         _open(dataclasses.replace(config, runs_dir=str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_full_disk_keeps_no_run_that_exists_from_going_on_and_it_is_said_once(config, disk, capsys, saved):
+    config = dataclasses.replace(config, runs_dir=str(disk))
+    _open(config)
+    if saved:
+        _saved(config)
+    fill(disk)
+    RunFolder(config, {"python": "4"}).close()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "environment.json is not written (No space left on device); the run goes on" in said
+    _open(dataclasses.replace(config, accumulate=2))  # as on fewer hosts
+    assert json.loads((config.run_dir / "config.json").read_text())["accumulate"] == config.accumulate
+    assert json.loads((config.run_dir / "environment.json").read_text()) == {"python": "3"}
+    assert not [*config.run_dir.glob("*.tmp")]
+
+
+def test_a_full_disk_refuses_a_fresh_run_and_one_whose_config_is_to_be_another(config, disk):
+    config = dataclasses.replace(config, runs_dir=str(disk))
+    other = dataclasses.replace(config, steps=20)
+    _open(config)
+    file = fill(disk)
+    for refused in (other, dataclasses.replace(config, name="fresh")):
+        with pytest.raises(RunError, match="(?s)cannot write the run folder.*No space left"):
+            _open(refused)
+    file.unlink()
+    _saved(config)
+    fill(disk)
+    with pytest.raises(RunError, match="(?s)cannot write the run folder.*No space left"):
+        _open(other, accept_changes=True)

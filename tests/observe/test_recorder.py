@@ -18,6 +18,7 @@ from jaxtrain.errors import RunError
 from jaxtrain.observe.console import line
 from jaxtrain.observe.recorder import Recorder, StepClock, plain
 from jaxtrain.observe.sinks import Console, Jsonl, TensorBoard, read_rows
+from tests.disk import disk, fill  # noqa: F401
 
 
 def test_an_fp32_is_written_as_the_shortest_text_that_reads_back_to_it():
@@ -145,6 +146,31 @@ def test_a_sink_that_cannot_be_opened_is_an_error_with_a_fix(tmp_path):
     with pytest.raises(RunError, match="cannot write metrics") as error:
         Recorder((Jsonl(),), tmp_path / "nowhere", first_step=0, steps=10)
     assert "run the same command again" in error.value.fix
+
+
+@pytest.mark.parametrize("sink", [Jsonl(), TensorBoard()])
+def test_a_run_that_goes_on_cuts_its_rows_on_a_full_disk_and_waits_for_room_for_more(disk, capsys, sink):
+    begun = Recorder((sink,), disk, first_step=0, steps=10)
+    for step in (1, 2, 3):
+        begun.write(step, {"train/loss": 1.0})
+    begun.close()
+    for path in disk.glob("tensorboard/*"):
+        path.rename(path.with_name("events.before"))  # else a start within the same second has its name
+    room, file = fill(disk), disk / "metrics.jsonl"
+    if file.exists():
+        file.write_bytes(file.read_bytes() + b'{"step": 3, "eval/loss": ' + b"1" * (4096 - 25 - file.stat().st_size))  # its page is full
+    recorder = Recorder((sink,), disk, first_step=2, steps=10)
+    if file.exists():
+        assert [row["step"] for row in read_rows(file)] == [1, 2]
+    recorder.write(3, {"train/loss": 2.0})
+    room.unlink()
+    recorder.write(4, {"train/loss": 2.0})
+    recorder.close()
+    if file.exists():
+        assert [row["step"] for row in read_rows(file)] == [1, 2, 3, 4]
+    else:
+        assert "METRICS ARE NOT WRITTEN (No space left on device)" in capsys.readouterr().err
+        assert len([*(disk / "tensorboard").iterdir()]) == 2
 
 
 def events(folder):
