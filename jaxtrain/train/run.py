@@ -176,6 +176,7 @@ def _open(
     evaluator = Evaluator(blueprint, process.lead) if config.eval else None
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
+    stack.callback(verified.settle)
     copies = Copies(blueprint) if every else None
     snapshots = tiers.opened(config)
     return _Opened(process, pulse, blueprint, data, evaluator, checkpoints, snapshots, verified, copies, record)
