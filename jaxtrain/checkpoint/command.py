@@ -61,13 +61,13 @@ def main(argv: list[str]) -> int:
 
 
 def list_(options: Some) -> int:
-    """All checkpoints of a run by step (size, number of arrays, digest, time), and what is unfinished."""
+    """All checkpoints of a run by step (size, number of arrays, digest, time), and what is damaged or unfinished."""
     from jaxtrain.checkpoint import files, load
 
     folders = load.located(options.where)
     _print_table(("step", "GB", "arrays", "digest", "saved"), [_row(folder) for folder in folders])
-    for path in files.unfinished(folders[0].parent):
-        print(f"unfinished  {path.name}")
+    for why, name in files.no_checkpoints(folders[0].parent):
+        print(f"{why:<10}  {name}")
     return 0
 
 
@@ -86,9 +86,9 @@ def show(options: One) -> int:
 
 def verify(options: Some) -> int:
     """Read every byte of all checkpoints of a run, or of one; name damaged files and arrays (exit code 1)."""
-    from jaxtrain.checkpoint import load
+    from jaxtrain.checkpoint import files, load
 
-    return 0 if all([_verified(folder) for folder in load.located(options.where)]) else 1
+    return 0 if all([_verified(folder) for folder in load.located(options.where, files.numbered)]) else 1
 
 
 def diff(options: Two) -> int:
@@ -149,12 +149,10 @@ def _row(folder: Path) -> tuple[Any, ...]:
 
 def _verified(folder: Path) -> bool:
     """Says what is wrong with one checkpoint; False where something is. One that a run deletes meanwhile was whole."""
-    from jaxtrain.checkpoint import files
     from jaxtrain.checkpoint.verify import damage
 
-    kept = folder / files.MANIFEST
-    lines = damage(folder) if kept.is_file() else []
-    if not kept.is_file():
+    lines = damage(folder) if folder.is_dir() else []
+    if not folder.is_dir():
         print(f"step {folder.name} was deleted meanwhile", flush=True)
         return True
     print(f"step {folder.name} is {'damaged' if lines else 'whole'}", *lines, sep="\n  ", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from zlib_ng import zlib_ng
 MANIFEST = "manifest.json"
 SAVING = ".saving"  # the suffix of a folder whose checkpoint is not there yet
 DELETING = ".deleting"  # and of one whose checkpoint is not there any more
+DAMAGED = ".damaged"  # and, with a number, of one that had a checkpoint's name and no manifest
 
 
 class FileEntry(NamedTuple):
@@ -73,15 +75,21 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST}") if path.parent.name.isdecimal())
 
 
+def numbered(directory: Path) -> list[int]:
+    """The steps, ascending, of all folders with a checkpoint's name. One without a manifest, which is there before the
+    name is, is damaged: by hand, by another program, or a copy that was cut short."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
 def leftovers(directory: Path) -> list[Path]:
     """What saves and deletions that did not finish have left behind; folders of other programs are none."""
     return sorted(path for path in directory.glob("*") if path.suffix in (SAVING, DELETING) and path.stem.isdecimal())
 
 
-def unfinished(directory: Path) -> list[Path]:
-    """What is no checkpoint but has a checkpoint's name: leftovers, and steps without a manifest, as a copy cut short."""
-    steps = (path for path in directory.glob("*") if path.name.isdecimal() and not (path / MANIFEST).is_file())
-    return sorted([*leftovers(directory), *steps])
+def no_checkpoints(directory: Path) -> list[tuple[str, str]]:
+    """What is no checkpoint but has a checkpoint's name, and why: ("damaged", "20"), ("unfinished", "30.saving")."""
+    damaged = sorted({*numbered(directory)} - {*steps(directory)})
+    return [*(("damaged", str(step)) for step in damaged), *(("unfinished", path.name) for path in leftovers(directory))]
 
 
 def delete(folder: Path) -> None:
@@ -90,3 +98,9 @@ def delete(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def put_aside(folder: Path) -> None:
+    """Out of a checkpoint's way, and kept: what has no manifest may be another program's."""
+    names = (folder.with_name(f"{folder.name}{DAMAGED}.{number}") for number in count(1))
+    folder.rename(next(path for path in names if not path.exists()))

@@ -64,22 +64,22 @@ def locate(path: str | Path) -> Path:
     return located(path)[-1]
 
 
-def located(path: str | Path) -> list[Path]:
+def located(path: str | Path, steps_of: Callable[[Path], list[int]] = files.steps) -> list[Path]:
     """The folders of the checkpoints that `path` names, by step: RUN_DIR or its checkpoints folder names all of them.
 
-    Raises CheckpointError where there is none, naming what there is.
+    `steps_of`: `files.numbered` counts those whose manifest is gone. Raises CheckpointError where there is none, naming what there is.
     """
     run, step = _split(path)
     if step is None and (run / files.MANIFEST).is_file():
         return [run.absolute()]
     directory = (run / "checkpoints" if (run / "checkpoints").is_dir() else run).absolute()
-    steps = files.steps(directory)
+    steps = steps_of(directory)
     chosen = [directory / str(s) for s in steps if step in (None, s)]
     if not chosen:
-        begun = few([path.name for path in files.unfinished(directory)])
+        others = few([f"{why} {name}" for why, name in files.no_checkpoints(directory)])
         raise CheckpointError(
             f"no checkpoint {'' if step is None else f'of step {step} '}in {directory}.",
-            got=f"steps {few(steps)}" if steps else f"unfinished {begun}" if begun else "none",
+            got=f"steps {few(steps)}" if steps else others or "none",
             rule=f"a checkpoint is a folder STEP with {files.MANIFEST}, which is written last",
             fix=f"{run}@{min(steps, key=lambda s: abs(s - step))}" if steps else _elsewhere(run),
         )

@@ -67,11 +67,14 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """Raises CheckpointError where there is no checkpoint, DamagedError where a byte of its manifest has changed."""
+    """Raises CheckpointError where there is no checkpoint, DamagedError where its manifest is gone or a byte of it has changed."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
+        if folder.is_dir() and folder.name.isdecimal():
+            rule, fix = f"{MANIFEST} is written before the folder has its name", "a whole copy of it, or another step"
+            raise DamagedError(f"{folder} is damaged.", got=f"{MANIFEST} is missing", rule=rule, fix=fix) from error
         rule, fix = f"a checkpoint is a folder with {MANIFEST}", "jaxtrain checkpoint list RUN_DIR"
         raise CheckpointError(f"{folder} is no checkpoint.", rule=rule, fix=fix) from error
     try:

@@ -164,10 +164,10 @@ class Checkpoints:
         return None
 
     def agreed_steps(self, up_to: int | None = None) -> list[int]:
-        """`steps` up to one, as the lead has them; waits for the last save."""
+        """`steps` up to one, as the lead has them, and those whose manifest is gone; waits for the last save."""
         self.settle()
         self.check()
-        list_them = lambda: [step for step in self.steps() if up_to is None or step <= up_to]  # noqa: E731
+        list_them = lambda: [step for step in files.numbered(self.directory) if up_to is None or step <= up_to]  # noqa: E731
         return self._by_lead("the checkpoints cannot be listed.", list_them)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, Manifest]:
@@ -320,6 +320,8 @@ class Checkpoints:
             still_valid(self.directory.parent)
             if (final / files.MANIFEST).exists():
                 files.delete(final)
+            elif final.exists():
+                files.put_aside(final)
             folder.rename(final)
             files.sync_folder(self.directory)
             self._damaged.discard(save.step)

@@ -30,7 +30,7 @@ def damage(folder: Path) -> list[str]:
     try:
         found = manifest.read(folder)
     except DamagedError as error:
-        return [f"file   {error.what}"]
+        return [f"file   {error.got or error.what}"]
     lines = [f"file   {line}" for line in load.damaged_files(folder, found, up_to=math.inf)]
     unreadable = {}
     for name in found.arrays:

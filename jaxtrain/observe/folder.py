@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
+from jaxtrain.checkpoint.files import numbered
 from jaxtrain.config import FREE_TO_CHANGE, RunConfig, differences, encode
 from jaxtrain.errors import RunError
 
@@ -47,7 +48,7 @@ class RunFolder:
 
     def _keep_config(self, new: dict, accept_changes: bool) -> None:
         kept = _config_files(self.path)
-        if not kept or not any(self.path.glob("checkpoints/*/manifest.json")):  # nothing yet that could be continued
+        if not kept or not numbered(self.path / "checkpoints"):  # nothing yet that could be continued
             return _write(self.path / "config.json", new, needed=not kept or _is_another(kept[0], new))
         changed = differences(_read_json(kept[-1]), new)
         if not changed:

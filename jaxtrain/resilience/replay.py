@@ -120,7 +120,7 @@ def _newest(blueprint: Any, up_to: int) -> Start:
     config = blueprint.config
     folder = (config.run_dir / "checkpoints").absolute()
     seconds = config.checkpoint.deadline_seconds
-    for step in reversed([step for step in files.steps(folder) if step <= up_to]):
+    for step in reversed([step for step in files.numbered(folder) if step <= up_to]):
         try:
             state, found = load.restore_whole(folder / str(step), blueprint.abstract, Deadline(seconds))
             return Start(state, found.step, found.data)

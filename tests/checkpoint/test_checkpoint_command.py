@@ -40,7 +40,7 @@ def test_list_shows_every_checkpoint_and_what_is_unfinished(run_dir, folder, cap
     assert [row[0] for row in rows] == ["1", "2", "unfinished"] and rows[0][3] == digest(STATE)[:16]
     (folder / "4").mkdir()  # as a copy that was cut short leaves it
     assert main(["list", f"{run_dir}@2"]) == 0
-    assert [row[0] for row in lines(capsys)] == ["step", "2", "unfinished", "unfinished"]
+    assert [row[0] for row in lines(capsys)] == ["step", "2", "damaged", "unfinished"]
 
 
 def test_show_says_what_the_manifest_says(run_dir, capsys):
@@ -77,6 +77,19 @@ def test_verify_reads_every_checkpoint_of_a_run_and_says_once_why_arrays_cannot_
     assert (first, last) == ("step 1 is damaged", "step 2 is whole")
     assert file.startswith("  file   state/_METADATA has ") and array.startswith("  array  all 3 cannot be read: ")
     assert main(["verify", f"{run_dir}@2"]) == 0
+
+
+def test_a_checkpoint_whose_manifest_is_gone_is_damaged_to_every_verb(run_dir, folder, capsys):
+    (folder / "2" / "manifest.json").unlink()
+    assert main(["verify", str(run_dir)]) == 1
+    assert capsys.readouterr().out == "step 1 is whole\nstep 2 is damaged\n  file   manifest.json is missing\n"
+    assert main(["list", str(run_dir)]) == 0
+    assert lines(capsys)[-1] == ["damaged", "2"]
+    (folder / "1" / "manifest.json").unlink()
+    assert main(["verify", f"{run_dir}@1"]) == 1
+    with pytest.raises(CheckpointError, match="no checkpoint") as error:
+        main(["list", str(run_dir)])
+    assert error.value.got == "damaged 1, damaged 2"
 
 
 def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(run_dir, folder, capsys, monkeypatch):

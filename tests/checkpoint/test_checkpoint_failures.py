@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up_fails_the_save_leaves_the_one_before_and_takes_the
     checkpoints.save(2, {"x": jnp.ones(1 << 18)}, **NOTE)
     checkpoints.settle()
     assert "free space, or a smaller checkpoint.keep_last" in capsys.readouterr().err
-    assert checkpoints.steps() == [1] and files.unfinished(checkpoints.directory) == []
+    assert checkpoints.steps() == [1] and files.no_checkpoints(checkpoints.directory) == []
     (disk / "other").unlink()
     saved(checkpoints, 3)
     assert checkpoints.latest({"x": jnp.zeros(1 << 10)})[1].step == 3
@@ -159,7 +159,7 @@ def test_a_disk_that_does_not_answer_never_holds_the_loop_for_long(opened, silen
     saved(checkpoints, 5)
     assert checkpoints.check() == {} and checkpoints.steps() == [1, 5]
     saved(checkpoints, 6)  # what the late thread still wrote goes with the saves after it
-    assert files.unfinished(checkpoints.directory) == []
+    assert files.no_checkpoints(checkpoints.directory) == []
 
 
 def test_a_disk_that_does_not_answer_before_the_state_is_read_gives_the_state_back(opened, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_disk_that_does_not_answer_before_the_state_is_read_gives_the_state_ba
     assert not begun.is_set()
 
 
-@pytest.mark.parametrize("place", [(files, "leftovers"), (manifest, "read"), (files, "steps")], ids=["opening", "manifest", "list"])
+@pytest.mark.parametrize("place", [(files, "leftovers"), (manifest, "read"), (files, "numbered")], ids=["opening", "manifest", "list"])
 def test_a_file_system_that_does_not_answer_a_start_is_given_up_and_named(opened, folder, monkeypatch, place):
     answers = threading.Event()
     saved(opened(deadline_seconds=30), 1)

@@ -130,15 +130,30 @@ def test_what_unfinished_saves_left_is_no_checkpoint_and_goes_at_the_next_openin
     assert [path.name for path in folder.iterdir()] == ["1"]
 
 
+def test_what_has_a_checkpoints_name_and_no_manifest_is_damaged_and_no_run_starts_over_beside_it(opened, folder, capsys):
+    state = {"x": jnp.ones(3)}
+    for step in (5, 7):
+        checkpoints = opened()
+        checkpoints.save(step, state, **NOTE)
+        checkpoints.wait()
+    (folder / "7" / "manifest.json").unlink()
+    assert opened().latest(state)[1].step == 5
+    assert "skipped the checkpoint of step 7" in (said := capsys.readouterr().err) and "manifest.json is missing" in said
+    (folder / "5" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints(.|\n)*steps \[5, 7\], all damaged"):
+        opened().latest(state)
+
+
 def test_folders_of_other_programs_are_neither_restored_nor_removed(opened, folder):
     (folder / "7" / "default").mkdir(parents=True)
     (folder / "notes.deleting").mkdir()
     checkpoints = opened()
-    assert checkpoints.latest({"x": jnp.zeros(3)}) is None
-    checkpoints.save(7, {"x": jnp.zeros(3)}, **NOTE)
-    with pytest.raises(CheckpointError, match="step 7 was not saved(.|\n)*not empty"):
+    for _ in range(2):
+        checkpoints.save(7, {"x": jnp.zeros(3)}, **NOTE)
         checkpoints.wait()
-    assert sorted(path.name for path in folder.iterdir()) == ["7", "notes.deleting"]
+    assert checkpoints.latest({"x": jnp.ones(3)})[1].step == 7
+    assert sorted(path.name for path in folder.iterdir()) == ["7", "7.damaged.1", "notes.deleting"]
+    assert (folder / "7.damaged.1" / "default").is_dir()
 
 
 KILLED = """

@@ -73,6 +73,14 @@ def test_a_folder_without_a_checkpoint_takes_the_corrected_config(config):
     assert json.loads((config.run_dir / "config.json").read_text())["steps"] == 20
 
 
+def test_a_checkpoint_without_its_manifest_still_guards_the_config(config):
+    _open(config)
+    _saved(config)
+    (config.run_dir / "checkpoints" / "5" / "manifest.json").unlink()
+    with pytest.raises(RunError, match="belongs to a run of another config"):
+        _open(dataclasses.replace(config, steps=20))
+
+
 def test_the_refusal_lists_only_what_stands_in_the_way(config):
     _open(config)
     _saved(config)
