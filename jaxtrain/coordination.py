@@ -1,6 +1,9 @@
 """What the processes of a run tell each other outside the devices: the key-value store and barrier of jax.distributed.
 
 The only file that touches jax's private coordination client (checked with jax 0.10.2 and 0.12.0). It decides nothing.
+
+Every call ends: of jax's own only `blocking_key_value_get` does where the service is stopped or cut off. The others raise
+RunError then, which names what was waited for.
 """
 
 from __future__ import annotations
@@ -8,13 +11,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
+
+from jaxtrain.background import Deadline, within
+from jaxtrain.errors import RunError
 
 # No trainer is declared dead by a service outside the trainers: supervisors see processes die at once.
 HEARTBEAT_S = 3600
 # A word of each process to the service, so often: of one that is cut off this connection is stuck too, where the devices'
 # own may be between two that both wait (resilience/verdict.py).
 TALK_S, TALKS_A_SECOND = 2.0, 500
+_LATE_S = 5.0  # for the service's own word that a deadline has passed
 
 
 def connect(address: str, count: int, index: int, deadline_s: float) -> None:
@@ -35,12 +43,12 @@ def _talk(every_s: float) -> None:
     with contextlib.suppress(Exception):  # the service has ended: so has this process, soon
         while True:
             time.sleep(every_s)
-            under("jaxtrain/talk")
+            _client().key_value_dir_get("jaxtrain/talk/")  # waits with the service, and goes on with it
 
 
-def put(key: str, value: str) -> None:
-    """Publishes under a key that nobody has used before."""
-    _client().key_value_set(key, value)
+def put(key: str, value: str, deadline_s: float) -> None:
+    """Publishes under a key that nobody has used before. After an error it may be there, or come."""
+    _answered(f"to publish {key}", lambda client: client.key_value_set(key, value), deadline_s)
 
 
 def get(key: str, deadline_s: float) -> str | None:
@@ -48,19 +56,36 @@ def get(key: str, deadline_s: float) -> str | None:
     return _or_none(lambda client, ms: client.blocking_key_value_get(key, ms), deadline_s)
 
 
-def delete(key: str) -> None:
+def delete(key: str, deadline_s: float) -> None:
     """Takes back what was published, once all who want it have it: the store lives as long as the job."""
-    _client().key_value_delete(key)
+    _answered(f"to take {key} back", lambda client: client.key_value_delete(key), deadline_s)
 
 
-def under(prefix: str) -> dict[str, str]:
+def under(prefix: str, deadline_s: float) -> dict[str, str]:
     """All that is published so far below `prefix` and a slash."""
-    return {key.removeprefix(f"{prefix}/"): value for key, value in _client().key_value_dir_get(f"{prefix}/")}
+    found = _answered(f"to list {prefix}", lambda client: client.key_value_dir_get(f"{prefix}/"), deadline_s)
+    return {key.removeprefix(f"{prefix}/"): value for key, value in found}
 
 
 def wait(name: str, deadline_s: float) -> bool:
     """Whether all processes came to this barrier before the deadline. A name serves once."""
-    return _or_none(lambda client, ms: client.wait_at_barrier(name, ms) or True, deadline_s) is not None
+    come = lambda _: _or_none(lambda client, ms: client.wait_at_barrier(name, ms) or True, deadline_s)  # noqa: E731
+    return _answered(f"at the barrier {name}", come, deadline_s + _LATE_S) is not None
+
+
+def _answered(what: str, call: Callable[[Any], Any], deadline_s: float) -> Any:
+    client = _client()
+    try:
+        return within(Deadline(deadline_s), lambda: call(client))
+    except TimeoutError as error:
+        from jax._src import distributed
+
+        raise RunError(
+            f"the coordination service at {distributed.global_state.coordinator_address} does not answer.",
+            got=f"{deadline_s:.0f} s waited {what}",
+            rule="it answers within seconds, while its process runs and its host is reached",
+            fix="look at the processes of that host: one may be stopped, or the network between cut",
+        ) from error
 
 
 def _or_none(call: Any, deadline_s: float) -> Any:

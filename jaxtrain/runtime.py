@@ -122,10 +122,10 @@ def barrier(name: str, deadline_s: float) -> None:
     if _process.count == 1:
         return
     key = f"barrier/{next(_round)}/{name}"
-    coordination.put(f"{key}/{_process.index}", _process.host)
+    coordination.put(f"{key}/{_process.index}", _process.host, deadline_s)
     if coordination.wait(key, deadline_s):
         return
-    came = {int(index) for index in coordination.under(key)}
+    came = {int(index) for index in coordination.under(key, _HEARD_S)}
     absent = [index for index in range(_process.count) if index not in came]
     raise RunError(
         f"{len(absent)} of {_process.count} processes did not come to {name!r}: {few(absent)}.",
@@ -140,9 +140,9 @@ def compare_fingerprints(fields: Mapping[str, str], deadline_s: float) -> None:
     if _process.count == 1:
         return
     key = f"fingerprint/{next(_round)}"
-    coordination.put(f"{key}/{_process.index}", json.dumps([_process.host, dict(fields)]))
+    coordination.put(f"{key}/{_process.index}", json.dumps([_process.host, dict(fields)]), deadline_s)
     if _process.lead:
-        coordination.put(f"{key}/verdict", json.dumps(_verdict(key, deadline_s)))
+        coordination.put(f"{key}/verdict", json.dumps(_verdict(key, deadline_s)), _HEARD_S)
     answer = coordination.get(f"{key}/verdict", deadline_s + _HEARD_S)
     if answer is None:
         raise RunError("Process 0 did not compare the fingerprints.", got=f"{deadline_s + _HEARD_S:.0f} s waited")

@@ -233,7 +233,7 @@ class Checkpoints:
             futures.wait([self._pending[1]], min(_WAIT_SECONDS, self._pending[0].deadline.left() + _SLACK_SECONDS))
         if self._pending is not None and (self._pending[1].done() or self._pending[0].overdue()):
             self.settle()
-        others = Deadline(self.config.deadline_seconds + _WAIT_SECONDS)  # which may still wait, as above
+        others = Deadline(self.config.deadline_seconds + _SLACK_SECONDS)  # which may still give theirs up, as above
         reports = peers.agree(peers.new_round(), self._report, list, others)
         waiting = {process: what for process, (_, what) in enumerate(reports) if what}
         settled = set(waiting.values()) <= {_GIVEN_UP}

@@ -206,8 +206,7 @@ def test_processes_that_do_not_report_are_all_named_with_their_hosts(monkeypatch
     told = {"checkpoint/hosts/1": "node-b", "checkpoint/hosts/2": "node-c", "key/0": "{}"}
     monkeypatch.setattr(peers.jax, "process_count", lambda: 3)
     monkeypatch.setattr(peers.coordination, "get", lambda key, seconds: told.get(key))
-    monkeypatch.setattr(
-        peers.coordination, "under", lambda prefix: {k.removeprefix(f"{prefix}/"): v for k, v in told.items() if k.startswith(prefix)}
-    )
+    below = lambda prefix, _: {k.removeprefix(f"{prefix}/"): v for k, v in told.items() if k.startswith(prefix)}  # noqa: E731
+    monkeypatch.setattr(peers.coordination, "under", below)
     with pytest.raises(CheckpointError, match=r"process 1 \(node-b\), 2 \(node-c\) did not report"):
         peers._reports("key", save.Deadline(1))
