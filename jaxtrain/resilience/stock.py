@@ -23,6 +23,7 @@ PIECE_BYTES = 16 << 20
 LOOK_S = 0.02  # between two looks for a new snapshot
 SEND_S = 60.0  # for one process's part to arrive
 TO_BUDDY = " copies"  # after a host's name: the line that carries them
+_Buddy = tuple[str, list[int]]  # its name, and the processes of this host
 
 
 class Part(NamedTuple):
@@ -48,7 +49,7 @@ class Stock:
         self._folder, self._roster, self._secret, self._answer = folder, roster, secret, answer
         self._came: queue.SimpleQueue[tuple[str, dict[str, Any], memoryview]] = queue.SimpleQueue()
         self._coming: dict[tuple[str, int], list[memoryview]] = {}
-        self._buddy: tuple[str, list[int]] | None = None  # and this host's processes
+        self._buddy: _Buddy | None = None
         self._closed = threading.Event()
         for work in (self._receive, self._copy):
             threading.Thread(target=work, name="stock", daemon=True).start()
@@ -102,34 +103,20 @@ class Stock:
 
     def _copy(self) -> None:
         """Brings each new snapshot to the buddy, as long as there is one."""
-        sender, done, looked, said = None, None, None, ""
+        copies, said = _Copies(self), ""
         while not self._closed.wait(LOOK_S):
-            buddy = self._buddy
-            if sender and (buddy is None or buddy[0] != sender.to):
-                sender = sender.close()
-            if buddy is None:
-                continue
             try:
-                sender, done, looked = self._copied(buddy, sender, done, looked)
+                copies.bring(self._buddy)
             except OSError as error:  # it is tried again; meanwhile trainers go on with their own copies
                 if str(error) != said:
                     print(f"[host] a snapshot is not copied: {error}", file=sys.stderr, flush=True)
                 said = str(error)
-        if sender:
-            sender.close()
+        copies.close()
 
-    def _copied(self, buddy: Any, sender: Any, done: Any, looked: Any) -> tuple[Any, Any, Any]:
-        """A new snapshot, if there is one, to the buddy -> the sender, what was copied last, what was seen."""
-        now = (buddy, _headers(self._folder))
-        moment = buddies.ready(self._folder, buddy[1]) if now != looked else None
-        if moment is None or moment == done:
-            return sender, done, now
-        sender = sender or _Sender(self._roster, buddy[0], self._secret)
+    def _copied(self, moment: Moment, buddy: _Buddy, sender: _Sender) -> bool:
+        """Whether all parts of this host's snapshot are there, and the buddy is still the same."""
         parts = [Part(self._roster.name, process, *moment, 0) for process in buddy[1]]
-        if all(self._sent(sender, part) for part in parts) and self._buddy == buddy:
-            buddies.confirm(self._folder, moment)
-            done = moment
-        return sender, done, looked
+        return all(self._sent(sender, part) for part in parts) and self._buddy == buddy
 
     def _receive(self) -> None:
         while True:
@@ -159,6 +146,37 @@ def _headers(folder: Path) -> list[tuple[str, int]]:
         return []
 
 
+class _Copies:
+    """What goes to the buddy. `done`: the newest that is there; `looked`: what was seen when nothing was new."""
+
+    def __init__(self, stock: Stock):
+        self._stock = stock
+        self.sender: _Sender | None = None
+        self.done: Moment | None = None
+        self.looked: tuple[_Buddy, list[tuple[str, int]]] | None = None
+
+    def bring(self, buddy: _Buddy | None) -> None:
+        """A new snapshot, if there is one, to the buddy, if there is one."""
+        if self.sender and (buddy is None or buddy[0] != self.sender.to):
+            self.close()
+        if buddy is None:
+            return
+        stock, now = self._stock, (buddy, _headers(self._stock._folder))
+        moment = buddies.ready(stock._folder, buddy[1]) if now != self.looked else None
+        if moment is None or moment == self.done:
+            self.looked = now
+            return
+        self.sender = self.sender or _Sender(stock._roster, buddy[0], stock._secret)
+        if stock._copied(moment, buddy, self.sender):
+            buddies.confirm(stock._folder, moment)
+            self.done = moment
+
+    def close(self) -> None:
+        if self.sender:
+            self.sender.close()
+        self.sender = None
+
+
 class _Sender:
     """A line of its own to one host's hub, for what is large."""
 
@@ -173,9 +191,8 @@ class _Sender:
         for number, piece in enumerate(pieces):
             message = {"part": list(part), "number": number, "count": len(pieces)}
             while not (self._line.lead().state == HERE and self._line.send(message, piece)):
-                if number or not deadline.left():  # what was sent before was lost with the connection
-                    if not deadline.left() or self._line.lead().state != HERE:
-                        return False
+                if not deadline.left() or (number and self._line.lead().state != HERE):
+                    return False  # what was sent before is lost with the connection
                 threading.Event().wait(0.01)
         while deadline.left():
             try:

@@ -3,8 +3,9 @@
 import dataclasses
 import threading
 import zlib
+from contextlib import contextmanager
 
-from jaxtrain.resilience import buddies, slots
+from jaxtrain.resilience import buddies, slots, stock
 from jaxtrain.resilience.fewer import Fits
 from jaxtrain.resilience.host import Plan
 from jaxtrain.resilience.node import Node
@@ -53,20 +54,36 @@ def write(folder, process, step, data):
     )
 
 
-def test_each_new_snapshot_goes_to_the_buddy_and_from_there_to_who_needs_it(opened, tmp_path):
-    addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+@contextmanager
+def stocked(tmp_path, num):
+    """(stocks, addresses) of hosts a, b, ... with folders of these names."""
+    addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(num))
     stocks, nodes = [], []
-    for index, name in enumerate("abc"):
+    for index, name in enumerate("abc"[:num]):
         roster = Roster(index=index, addresses=addresses)
         tenure = Tenure(tmp_path, roster.name, addresses[index], 5.0, threading.Event())
         node = Node(roster, SECRET, tenure, threading.Event(), lambda: ("-", []))
-        stock = Stock(tmp_path / name, roster, SECRET, node.hub.send)
-        node.on_payload = stock.received
-        stocks.append(stock)
+        made = Stock(tmp_path / name, roster, SECRET, node.hub.send)
+        node.on_payload = made.received
+        stocks.append(made)
         nodes.append((node, tenure))
     try:
-        data = bytes(range(256)) * 200_000  # in several pieces
-        stocks[0].begin(Plan(generation=1, service="", first=0, count=2, env={}, buddy=addresses[1]), 1)
+        yield stocks, addresses
+    finally:
+        for made, (node, tenure) in zip(stocks, nodes):
+            made.close()
+            tenure.close()
+            node.close()
+
+
+def begin(host, buddy):
+    host.begin(Plan(generation=1, service="", first=0, count=2, env={}, buddy=buddy), 1)
+
+
+def test_each_new_snapshot_goes_to_the_buddy_and_from_there_to_who_needs_it(tmp_path):
+    data = bytes(range(256)) * 200_000  # in several pieces
+    with stocked(tmp_path, 3) as (stocks, addresses):
+        begin(stocks[0], addresses[1])
         write(tmp_path / "a", 0, 20, data)
         assert not buddies.wait_for_copy(tmp_path / "a", Moment(20, 1), 0.0)
         assert buddies.wait_for_copy(tmp_path / "a", Moment(20, 1), 20.0)
@@ -77,11 +94,22 @@ def test_each_new_snapshot_goes_to_the_buddy_and_from_there_to_who_needs_it(open
         assert stocks[1].send([part], addresses[2])
         assert stocks[2].inventory() == [part]
         assert not stocks[1].send([part._replace(step=40)], addresses[2])
-    finally:
-        for stock, (node, tenure) in zip(stocks, nodes):
-            stock.close()
-            tenure.close()
-            node.close()
+
+
+def test_a_copy_that_fails_is_tried_again_over_the_same_line(tmp_path, monkeypatch, capsys):
+    lines, fails, parcel = [], iter([True]), buddies.parcel
+    sender = stock._Sender
+    monkeypatch.setattr(stock, "_Sender", lambda *args: lines.append(sender(*args)) or lines[-1])
+    monkeypatch.setattr(buddies, "parcel", lambda *args: _raise() if next(fails, False) else parcel(*args))
+    with stocked(tmp_path, 2) as (stocks, addresses):
+        begin(stocks[0], addresses[1])
+        write(tmp_path / "a", 0, 20, b"data")
+        assert buddies.wait_for_copy(tmp_path / "a", Moment(20, 1), 20.0)
+    assert len(lines) == 1 and "a snapshot is not copied: gone" in capsys.readouterr().err
+
+
+def _raise():
+    raise OSError("gone")
 
 
 def test_fewer_hosts_take_more_microbatches_so_that_none_is_larger_on_a_device():
