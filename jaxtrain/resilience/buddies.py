@@ -4,7 +4,7 @@ For supervisors, which send the bytes over their own channel; no jax, no socket.
 newest whole snapshot within reach:
   1. a host's supervisor calls `start` before its trainers begin, so that they wait for their copies;
   2. whenever `ready` names a moment that was not sent yet, it sends `parcel` of each of its processes;
-  3. the buddy's supervisor hands each to `receive`, and reports back;
+  3. the buddy's supervisor hands what comes to an `Arrival`, piece by piece, and reports back;
   4. when all are there, the first calls `confirm`; only then do the trainers let go of the snapshot before.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jaxtrain.checkpoint.manifest import DamagedError
 from jaxtrain.resilience import slots
-from jaxtrain.resilience.slots import Moment
+from jaxtrain.resilience.slots import Header, Moment
 
 TOGETHER = ("fsdp", "tensor")  # the mesh axes whose devices hold one copy of the state between them
 _CONFIRMED = "copied"  # in a host's folder: the newest moment that its buddy has
@@ -88,7 +88,7 @@ def ready(folder: Path, processes: Sequence[int]) -> Moment | None:
 def parcel(folder: Path, process: int, moment: Moment) -> list[memoryview] | None:
     """One process's part of a snapshot as buffers to be sent one after the other, or None if it is gone.
 
-    They are the slot's own memory: what the trainer overwrites meanwhile, `receive` refuses.
+    They are the slot's own memory: what the trainer overwrites meanwhile, `Arrival` refuses.
     """
     for part in slots.snapshots(folder):
         if (part.header.process, part.header.moment) == (process, moment):
@@ -97,25 +97,47 @@ def parcel(folder: Path, process: int, moment: Moment) -> list[memoryview] | Non
     return None
 
 
-def receive(folder: Path, host: str, data: memoryview | bytes) -> Moment:
-    """Writes what `parcel` gave, one after the other, as a snapshot of `host` in this host's `folder`; says which.
+class Arrival:
+    """A part of a snapshot of `host` as it comes into this host's `folder`: pieces of what `parcel` gave, in order and cut
+    anywhere, each written where it is to stay.
 
-    Raises DamagedError where a byte is not as it was written, OSError where there is no room. The newest whole
-    snapshot that is there stays until this one is.
+    Both methods raise DamagedError where a byte is not as it was written, OSError where there is no room. The newest
+    whole snapshot that is there stays until this one is; the older one makes way when the first byte has come.
     """
-    data = memoryview(data)
-    (length,) = _HEAD.unpack(data[: _HEAD.size]) if len(data) >= _HEAD.size else (0,)
-    body = data[_HEAD.size + length :]
-    header = slots.header_of(bytes(data[_HEAD.size : _HEAD.size + length]), f"a snapshot from {host}")
-    for piece in header.pieces:
-        if slots.checksum(body[piece.offset : piece.offset + piece.size]) != piece.crc32:
-            raise DamagedError(f"{piece.name} in a snapshot from {host} is not as it was written.")
-    place = folder / slots.COPIES / host
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target = slots.Slots(place, header.process)
-    target.begin(header.size, header.keep)[:] = body[: header.size]
-    target.commit(header)
-    return header.moment
+
+    def __init__(self, folder: Path, host: str):
+        self._place, self._host = folder / slots.COPIES / host, host
+        self._head, self._header, self._at = bytearray(), None, 0
+
+    def take(self, piece: memoryview | bytes) -> None:
+        if self._header is None:
+            self._head += piece
+            (length,) = _HEAD.unpack_from(self._head) if len(self._head) >= _HEAD.size else (0,)
+            if not length or len(self._head) < _HEAD.size + length:
+                return
+            head, piece = bytes(self._head[_HEAD.size : _HEAD.size + length]), bytes(self._head[_HEAD.size + length :])
+            self._head.clear()
+            self._begin(slots.header_of(head, f"a snapshot from {self._host}"))
+        end = self._at + len(piece)
+        if end > self._header.size:
+            raise DamagedError(f"a snapshot from {self._host} is longer than its header says.")
+        self._view[self._at : end] = piece
+        self._at = end
+
+    def finish(self) -> Moment:
+        """After the last piece: which snapshot it is of."""
+        if self._header is None or self._at < self._header.size:
+            raise DamagedError(f"a snapshot from {self._host} is cut short.")
+        for piece in self._header.pieces:
+            if slots.checksum(self._view[piece.offset : piece.offset + piece.size]) != piece.crc32:
+                raise DamagedError(f"{piece.name} in a snapshot from {self._host} is not as it was written.")
+        self._slots.commit(self._header)
+        return self._header.moment
+
+    def _begin(self, header: Header) -> None:
+        self._place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._slots = slots.Slots(self._place, header.process)
+        self._view, self._header = self._slots.begin(header.size, header.keep), header
 
 
 def confirm(folder: Path, moment: Moment) -> None:

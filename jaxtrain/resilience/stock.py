@@ -8,6 +8,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Stock:
     ):
         self._folder, self._roster, self._secret, self._answer = folder, roster, secret, answer
         self._came: queue.SimpleQueue[tuple[str, dict[str, Any], memoryview]] = queue.SimpleQueue()
-        self._coming: dict[tuple[str, int], list[memoryview]] = {}
+        self._coming: dict[tuple[str, int], _Coming] = {}  # by owner and process: one at a time writes to a slot
         self._buddy: _Buddy | None = None
         self._closed = threading.Event()
         for work in (self._receive, self._copy):
@@ -123,19 +124,41 @@ class Stock:
             name, message, payload = self._came.get()
             if self._folder is None:
                 continue
-            part, key = Part(*message["part"]), (name, message["part"][1])
-            if message["number"] == 0:
-                self._coming[key] = []
-            self._coming.setdefault(key, []).append(payload)
-            if message["number"] + 1 < message["count"]:
-                continue
-            trouble = ""
-            try:
-                pieces = self._coming.pop(key)
-                buddies.receive(self._folder, part.owner, b"".join(pieces))
-            except (DamagedError, OSError) as error:
-                trouble = str(error)
-            self._answer(name, {"part": message["part"], "trouble": trouble})
+            trouble = self._take(name, message, payload)
+            if message["number"] + 1 == message["count"]:
+                self._answer(name, {"part": message["part"], "trouble": trouble})
+
+    def _take(self, name: str, message: dict[str, Any], piece: memoryview) -> str:
+        """What is wrong with the part of which this is a piece. Who began last to send it is the one who counts."""
+        part, number = Part(*message["part"]), message["number"]
+        key = part.owner, part.process
+        if number == 0:
+            self._coming[key] = _Coming(name, part, buddies.Arrival(self._folder, part.owner))
+        coming, last = self._coming.get(key), number + 1 == message["count"]
+        if coming is None or (coming.sender, coming.part, coming.number) != (name, part, number):
+            return "pieces of it are missing, or another host sends it too"
+        coming.number += 1
+        try:
+            if not coming.trouble:
+                coming.arrival.take(piece)
+                if last:
+                    coming.arrival.finish()
+        except (DamagedError, OSError) as error:
+            coming.trouble = str(error)
+        if last:
+            del self._coming[key]
+        return coming.trouble
+
+
+@dataclass
+class _Coming:
+    """A part on its way here, from `sender`; `number`: of the piece that comes next."""
+
+    sender: str
+    part: Part
+    arrival: buddies.Arrival
+    number: int = 0
+    trouble: str = ""
 
 
 def _headers(folder: Path) -> list[tuple[str, int]]:

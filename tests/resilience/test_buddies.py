@@ -52,12 +52,20 @@ def sent(folder, process, moment):
     return b"".join(buddies.parcel(folder, process, moment))
 
 
+def received(folder, host, data, size=7):
+    """Cut anywhere: no buffer's end is a piece's."""
+    arrival = buddies.Arrival(folder, host)
+    for at in range(0, len(data), size):
+        arrival.take(data[at : at + size])
+    return arrival.finish()
+
+
 def test_a_part_arrives_as_it_was_sent(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     for step in (1, 2):
         write(here, step)
     assert buddies.ready(here, [0]) == Moment(2, 1) and buddies.ready(here, [0, 1]) is None
-    assert buddies.receive(there, "here", sent(here, 0, Moment(2, 1))) == Moment(2, 1)
+    assert received(there, "here", sent(here, 0, Moment(2, 1))) == Moment(2, 1)
     (part,) = slots.snapshots(there / slots.COPIES / "here")
     assert bytes(part.read(part.header.pieces[0])) == bytes([2]) * 4
     assert slots.newest(slots.folders(there)) == 2 and slots.newest([there]) is None
@@ -68,16 +76,27 @@ def test_a_part_that_is_gone_is_no_parcel(tmp_path):
     assert buddies.parcel(tmp_path, 0, Moment(2, 1)) is None and buddies.parcel(tmp_path, 1, Moment(1, 1)) is None
 
 
-@pytest.mark.parametrize("change", [lambda d: d[:5], lambda d: d[:-1], lambda d: d[:-1] + b"x", lambda d: b"", lambda d: d[:20] + b"x" + d[21:]])
-def test_what_is_not_as_it_was_sent_is_refused_and_the_copies_before_stay(tmp_path, change):
+@pytest.mark.parametrize("size", [7, 1 << 20])
+@pytest.mark.parametrize("in_header", [lambda d: d[:5], lambda d: b"", lambda d: d[:20] + b"x" + d[21:]])
+def test_a_header_that_is_not_as_it_was_sent_is_refused_and_both_copies_before_stay(tmp_path, in_header, size):
+    assert left_by(tmp_path, in_header, size) == [1, 2]
+
+
+@pytest.mark.parametrize("size", [7, 1 << 20])
+@pytest.mark.parametrize("in_bytes", [lambda d: d[:-1], lambda d: d[:-1] + b"x", lambda d: d + b"x"])
+def test_bytes_that_are_not_as_they_were_sent_are_refused_and_the_newest_copy_before_stays(tmp_path, in_bytes, size):
+    assert left_by(tmp_path, in_bytes, size) == [2]
+
+
+def left_by(tmp_path, change, size):
     here, there = tmp_path / "here", tmp_path / "there"
     for step in (1, 2, 3):
         write(here, step)
         if step < 3:
-            buddies.receive(there, "here", sent(here, 0, Moment(step, 1)))
+            received(there, "here", sent(here, 0, Moment(step, 1)))
     with pytest.raises(DamagedError):
-        buddies.receive(there, "here", change(sent(here, 0, Moment(3, 1))))
-    assert sorted(p.header.moment.step for p in slots.snapshots(there / slots.COPIES / "here")) == [1, 2]
+        received(there, "here", change(sent(here, 0, Moment(3, 1))), size)
+    return sorted(part.header.moment.step for part in slots.snapshots(there / slots.COPIES / "here"))
 
 
 def test_what_the_trainer_overwrites_while_it_is_sent_is_refused(tmp_path):
@@ -85,7 +104,7 @@ def test_what_the_trainer_overwrites_while_it_is_sent_is_refused(tmp_path):
     parts = buddies.parcel(tmp_path, 0, Moment(1, 1))
     (tmp_path / "0-a.data").write_bytes(b"torn")
     with pytest.raises(DamagedError):
-        buddies.receive(tmp_path / "there", "here", b"".join(parts))
+        received(tmp_path / "there", "here", b"".join(parts))
 
 
 def test_a_copy_waits_for_no_one_where_none_is_kept(tmp_path):
@@ -107,7 +126,7 @@ def test_a_snapshot_counts_as_whole_when_its_buddy_has_it_and_is_restored_from_t
     while (moment := buddies.ready(here, [0])) is None and time.monotonic() < end:
         time.sleep(0.01)
     assert moment == Moment(5, 1) and snapshots._newest is None
-    buddies.receive(there, "here", sent(here, 0, moment))
+    received(there, "here", sent(here, 0, moment))
     threading.Timer(0.1, lambda: buddies.confirm(here, moment)).start()
     assert snapshots.wait() == 5
     shutil.rmtree(here)

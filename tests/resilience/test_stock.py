@@ -1,6 +1,7 @@
 """What hosts lack of a snapshot and how it comes to them; on how many hosts a config runs. No trainer, no jax."""
 
 import dataclasses
+import queue
 import threading
 import zlib
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from jaxtrain.resilience.slots import Header, Kind, Moment, Piece, Slots
 from jaxtrain.resilience.stock import Part, Stock, missing
 from jaxtrain.resilience.tenure import Tenure
 from meshes import MeshConfig
-from tests.resilience.lines import SECRET
+from tests.resilience.lines import SECRET, until
 from tests.resilience.supervisors import free_ports
 from tests.tiny import TINY
 
@@ -94,6 +95,45 @@ def test_each_new_snapshot_goes_to_the_buddy_and_from_there_to_who_needs_it(tmp_
         assert stocks[1].send([part], addresses[2])
         assert stocks[2].inventory() == [part]
         assert not stocks[1].send([part._replace(step=40)], addresses[2])
+
+
+def arriving(tmp_path):
+    """(a host's stock, hand, answer): `hand(sender, 0, 1)` gives it those of one part's four pieces; what it answers."""
+    answers = queue.SimpleQueue()
+    made = Stock(tmp_path / "there", Roster(index=0, addresses=("there:1",)), SECRET, lambda *answer: answers.put(answer))
+    write(tmp_path / "here", 0, 20, b"data")
+    *heads, data = buddies.parcel(tmp_path / "here", 0, Moment(20, 1))
+    pieces, part = [b"".join(heads) + data[:1], *(data[i : i + 1] for i in (1, 2, 3))], Part("here", 0, 20, 1, 2)
+
+    def hand(sender, *numbers):
+        for number in numbers:
+            made.received(sender, {"part": list(part), "number": number, "count": 4}, memoryview(pieces[number]))
+
+    return made, hand, lambda: answers.get(timeout=20)[1]["trouble"]
+
+
+def test_a_piece_is_in_its_slot_as_soon_as_it_is_here_and_counts_once_all_are(tmp_path):
+    host, hand, answer = arriving(tmp_path)
+    place = tmp_path / "there" / slots.COPIES / "here"
+    hand("b", 0, 1, 2)
+    until(lambda: (place / "0-a.data").is_file() and (place / "0-a.data").read_bytes() == b"dat\0")
+    assert slots.snapshots(place) == []
+    hand("b", 3)
+    assert answer() == "" and host.inventory() == [Part("here", 0, 20, 1, 2)]
+    host.close()
+
+
+def test_of_two_hosts_that_send_the_same_part_one_writes_to_the_slot(tmp_path):
+    host, hand, answer = arriving(tmp_path)
+    hand("b", 0, 1)
+    hand("c", 0, 1)
+    hand("b", 2, 3)
+    assert "another host sends it too" in answer() and host.inventory() == []
+    hand("c", 2, 3)
+    assert answer() == "" and host.inventory() == [Part("here", 0, 20, 1, 2)]
+    hand("c", 0, 1, 3)
+    assert "pieces of it are missing" in answer()
+    host.close()
 
 
 def test_a_copy_that_fails_is_tried_again_over_the_same_line(tmp_path, monkeypatch, capsys):
