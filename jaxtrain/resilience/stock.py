@@ -35,6 +35,7 @@ class Part(NamedTuple):
     step: int
     generation: int
     of: int  # how many parts the snapshot has
+    size: int = 0  # bytes
 
     @property
     def moment(self) -> Moment:
@@ -82,7 +83,7 @@ class Stock:
         for folder in slots.folders(self._folder):
             owner = self._roster.name if folder == self._folder else folder.name
             headers = [part.header for part in slots.snapshots(folder)]
-            found += [Part(owner, h.process, *h.moment, h.processes) for h in headers]
+            found += [Part(owner, h.process, *h.moment, h.processes, h.size) for h in headers]
         return found
 
     def send(self, parts: Iterable[Part], to: str) -> bool:
@@ -248,7 +249,8 @@ def missing(members: list[str], each: int, stocks: dict[str, list[Part]]) -> lis
     """What has to go where, as (from, part, to), so that all members find the newest whole snapshot; pure.
 
     `each`: processes of a host. Where as many processes wrote the snapshot as are to read it each host needs what was
-    written in its place; else all need everything, for their shards are others. Of a later generation is newer.
+    written in its place; else all need everything, for their shards are others. Of a later generation is newer. Each part
+    comes from the holder that has least to send so far: a host sends one after the other.
     """
     holders: dict[Part, list[str]] = {}
     for host, parts in stocks.items():
@@ -262,13 +264,14 @@ def missing(members: list[str], each: int, stocks: dict[str, list[Part]]) -> lis
     if not whole:
         return []
     newest = max(whole, key=lambda moment: (moment.generation, moment.step))
-    parts, orders = of_moment[newest], []
+    parts, orders, load = of_moment[newest], [], dict.fromkeys(stocks, 0)
     same = len(parts) == len(members) * each
     for place, member in enumerate(members):
         has = {part.process for part in stocks.get(member, []) if part.moment == newest}
         needs = range(place * each, (place + 1) * each) if same else sorted(parts)
         for process in needs:
             if process not in has:
-                source = next(host for part, hosts in holders.items() for host in hosts if part == parts[process])
+                source = min(holders[parts[process]], key=lambda host: load[host])
+                load[source] += parts[process].size
                 orders.append((source, parts[process], member))
     return orders

@@ -35,6 +35,14 @@ def test_fewer_hosts_are_each_sent_all_that_they_lack():
     assert missing(["a", "b"], 1, stocks) == [("b", b, "a"), ("a", c, "b")]
 
 
+def test_what_many_lack_comes_from_all_who_have_it_each_as_many_bytes_as_can_be():
+    big, *small = [part._replace(size=size) for part, size in zip(parts("a", 0, 1, 2, of=3), (20, 10, 10))]
+    held = {"a": [big, *small], "b": [big, *small]}
+    assert missing(["c"], 1, {**held, "c": []}) == [("a", big, "c"), ("b", small[0], "c"), ("b", small[1], "c")]
+    orders = missing(["c", "d"], 1, {**held, "c": [], "d": []})
+    assert [sum(part.size for source, part, _ in orders if source == host) for host in "ab"] == [40, 40]
+
+
 def test_only_the_newest_that_is_whole_is_sent_and_a_later_generation_is_newer():
     newer, older = parts("b", 1, step=40), [*parts("a", 0, step=60), *parts("b", 1, step=60)]
     later = [*parts("a", 0, step=50, generation=2), *parts("b", 1, step=50, generation=2)]
@@ -90,7 +98,7 @@ def test_each_new_snapshot_goes_to_the_buddy_and_from_there_to_who_needs_it(tmp_
         assert buddies.wait_for_copy(tmp_path / "a", Moment(20, 1), 20.0)
         (copy,) = slots.snapshots(tmp_path / "b" / slots.COPIES / addresses[0])
         assert bytes(copy.all_bytes[: len(data)]) == data
-        part = Part(addresses[0], 0, 20, 1, 2)
+        part = Part(addresses[0], 0, 20, 1, 2, len(data))
         assert stocks[1].inventory() == [part]
         assert stocks[1].send([part], addresses[2])
         assert stocks[2].inventory() == [part]
@@ -103,7 +111,7 @@ def arriving(tmp_path):
     made = Stock(tmp_path / "there", Roster(index=0, addresses=("there:1",)), SECRET, lambda *answer: answers.put(answer))
     write(tmp_path / "here", 0, 20, b"data")
     *heads, data = buddies.parcel(tmp_path / "here", 0, Moment(20, 1))
-    pieces, part = [b"".join(heads) + data[:1], *(data[i : i + 1] for i in (1, 2, 3))], Part("here", 0, 20, 1, 2)
+    pieces, part = [b"".join(heads) + data[:1], *(data[i : i + 1] for i in (1, 2, 3))], Part("here", 0, 20, 1, 2, 4)
 
     def hand(sender, *numbers):
         for number in numbers:
@@ -119,7 +127,7 @@ def test_a_piece_is_in_its_slot_as_soon_as_it_is_here_and_counts_once_all_are(tm
     until(lambda: (place / "0-a.data").is_file() and (place / "0-a.data").read_bytes() == b"dat\0")
     assert slots.snapshots(place) == []
     hand("b", 3)
-    assert answer() == "" and host.inventory() == [Part("here", 0, 20, 1, 2)]
+    assert answer() == "" and host.inventory() == [Part("here", 0, 20, 1, 2, 4)]
     host.close()
 
 
@@ -130,7 +138,7 @@ def test_of_two_hosts_that_send_the_same_part_one_writes_to_the_slot(tmp_path):
     hand("b", 2, 3)
     assert "another host sends it too" in answer() and host.inventory() == []
     hand("c", 2, 3)
-    assert answer() == "" and host.inventory() == [Part("here", 0, 20, 1, 2)]
+    assert answer() == "" and host.inventory() == [Part("here", 0, 20, 1, 2, 4)]
     hand("c", 0, 1, 3)
     assert "pieces of it are missing" in answer()
     host.close()
