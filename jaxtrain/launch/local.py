@@ -18,7 +18,7 @@ from jaxtrain.resilience.crew import Terms
 from jaxtrain.resilience.fewer import Fits, local_gpus
 from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.lead import Lead
-from jaxtrain.resilience.policy import FOLDER, place
+from jaxtrain.resilience.policy import FOLDER, Shelf, place
 from jaxtrain.resilience.roster import Roster, roster
 from jaxtrain.resilience.secret import job_secret
 from jaxtrain.resilience.supervise import supervise
@@ -74,8 +74,9 @@ def main(argv: list[str]) -> int:
         moment=Lately(lambda: steps(config.run_dir / "checkpoints")[-1:]),
         spares=options.spares,
     )
-    snapshots = place(config.snapshot, config.name, {FOLDER: str(memory)})
-    return supervise(host, hosts, config.run_dir, secret, changed, config.watch, terms, injected, snapshots)
+    folder = place(config.snapshot, config.name, {FOLDER: str(memory)})
+    shelf = folder and Shelf(folder, config.snapshot.memory_gb)
+    return supervise(host, hosts, config.run_dir, secret, changed, config.watch, terms, injected, shelf)
 
 
 def _is_over(config: RunConfig) -> bool:

@@ -109,6 +109,11 @@ class Arrival:
         self._place, self._host = folder / slots.COPIES / host, host
         self._head, self._header, self._at = bytearray(), None, 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether its slot is made as large as it needs."""
+        return self._header is not None
+
     def take(self, piece: memoryview | bytes) -> None:
         if self._header is None:
             self._head += piece

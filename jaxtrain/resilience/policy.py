@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ class SnapshotConfig:
     """A snapshot of the state in host memory every `every` steps, where a supervisor has named a folder for it.
 
     A host holds two of its own at a time, and two of its buddy's. Where that is more than `memory_gb`, or than the
-    folder has room for, none are taken, and the run says so.
+    folder has room for, none are taken, and the run says so. Nor does a host take more from others than that.
     """
 
     every: int = 20  # steps; 0: none. at 500 ms a step 100 MB cost 0.4 % (benchmarks/snapshots.py)
@@ -33,6 +34,23 @@ class SnapshotConfig:
                 raise ConfigError(f"snapshot.{name} = {value} is out of range.", rule="zero or a positive number")
         if not self.deadline_seconds >= 1:
             raise ConfigError(f"snapshot.deadline_seconds = {self.deadline_seconds} is too small.", rule="at least 1")
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The folder of a host's snapshots and copies, and what they may take there."""
+
+    folder: Path
+    memory_gb: float | None
+
+    def used(self) -> int:
+        """Bytes."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*.data"))
+
+    def room(self) -> float:
+        """Bytes, those that are used among them. Raises OSError where there is no folder."""
+        free = shutil.disk_usage(self.folder).free + self.used()
+        return free / 2 if self.memory_gb is None else min(free, self.memory_gb * 1e9)
 
 
 def place(config: SnapshotConfig, run: str, environment: Mapping[str, str]) -> Path | None:

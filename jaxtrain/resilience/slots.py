@@ -168,6 +168,12 @@ def data_file(folder: Path, process: int, name: str) -> Path:
     return folder / f"{process}-{name}.data"
 
 
+def growth(folder: Path, process: int, size: int) -> int:
+    """By how many bytes a process's slots grow at most when one takes a snapshot of this size."""
+    files = [data_file(folder, process, name) for name in NAMES]
+    return max(0, size - min(file.stat().st_size if file.is_file() else 0 for file in files))
+
+
 def laid_out(sizes: Iterable[int]) -> Iterator[int]:
     """Offsets of pieces of these sizes, one after the other."""
     end = 0

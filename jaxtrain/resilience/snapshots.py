@@ -32,7 +32,7 @@ from jaxtrain.checkpoint.names import named
 from jaxtrain.checkpoint.snapshot import on_cpu
 from jaxtrain.errors import CheckpointError
 from jaxtrain.resilience import buddies, recall, slots
-from jaxtrain.resilience.policy import SnapshotConfig, too_large
+from jaxtrain.resilience.policy import Shelf, SnapshotConfig, too_large
 from jaxtrain.resilience.slots import Header, Kind, Moment, Piece
 
 _AHEAD = 16  # shards on their way from the devices while one is written: each device's link is busy, host memory is not full
@@ -119,12 +119,10 @@ class Snapshots:
         host = socket.gethostname()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            used = sum(path.stat().st_size for path in self.folder.rglob("*.data"))
-            free = shutil.disk_usage(self.folder).free + used
+            room = Shelf(self.folder, self.config.memory_gb).room()
             self._slots = slots.Slots(self.folder, jax.process_index())
         except OSError as error:
             return host, host, 0, f"{host}: {in_words(error)}", -1
-        room = free / 2 if self.config.memory_gb is None else min(free, self.config.memory_gb * 1e9)
         parts = (part for folder in slots.folders(self.folder) for part in slots.snapshots(folder))
         last = max((part.header.moment.generation for part in parts if part.header.run == self._run), default=-1)
         return f"{host} {self.folder}", host, room, "", last

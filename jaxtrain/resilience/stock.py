@@ -3,6 +3,7 @@ a new member of the crew lacks comes from whoever has it, before a generation. W
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import sys
@@ -17,6 +18,7 @@ from jaxtrain.checkpoint.manifest import DamagedError
 from jaxtrain.resilience import buddies, slots
 from jaxtrain.resilience.channel import HERE, Line
 from jaxtrain.resilience.host import Plan
+from jaxtrain.resilience.policy import Shelf
 from jaxtrain.resilience.roster import Roster
 from jaxtrain.resilience.slots import Moment
 
@@ -43,12 +45,14 @@ class Part(NamedTuple):
 
 
 class Stock:
-    """`folder`: where this host's trainers keep snapshots; None: they keep none. `answer`: sends to who sent to us."""
+    """`shelf`: where this host's trainers keep snapshots; None: they keep none. `answer`: sends to who sent to us."""
 
     def __init__(
-        self, folder: Path | None, roster: Roster, secret: bytes, answer: Callable[[str, dict[str, Any]], object]
+        self, shelf: Shelf | None, roster: Roster, secret: bytes, answer: Callable[[str, dict[str, Any]], object]
     ):
-        self._folder, self._roster, self._secret, self._answer = folder, roster, secret, answer
+        self._shelf, self._roster, self._secret, self._answer = shelf, roster, secret, answer
+        self._folder = shelf and shelf.folder
+        self._promised: dict[tuple[str, int], int] = {}  # by owner and process: bytes for parts that have not begun to come
         self._came: queue.SimpleQueue[tuple[str, dict[str, Any], memoryview]] = queue.SimpleQueue()
         self._coming: dict[tuple[str, int], _Coming] = {}  # by owner and process: one at a time writes to a slot
         self._buddy: _Buddy | None = None
@@ -60,6 +64,7 @@ class Stock:
         """Before this host's trainers start: from now on each of their snapshots goes to the plan's buddy."""
         if self._folder is None:
             return
+        self._promised.clear()  # what has not come by now was not waited for
         if plan.buddy:
             buddies.start(self._folder)
             self._buddy = plan.buddy, list(range(plan.first, plan.first + processes))
@@ -87,9 +92,10 @@ class Stock:
         return found
 
     def send(self, parts: Iterable[Part], to: str) -> bool:
-        """Whether that host has them all when it returns."""
+        """Whether that host has them all when it returns; none is sent where all would be too much for it."""
+        parts = list(parts)
         with _Sender(self._roster, to, self._secret) as sender:
-            return all(self._sent(sender, part) for part in parts)
+            return sender.offer(parts, Deadline(SEND_S)) and all(self._sent(sender, part) for part in parts)
 
     def received(self, name: str, message: dict[str, Any], payload: memoryview) -> None:
         """By the channel's thread."""
@@ -125,9 +131,27 @@ class Stock:
             name, message, payload = self._came.get()
             if self._folder is None:
                 continue
+            if "offer" in message:
+                self._answer(name, {"offer": message["offer"], "trouble": self._refusal(payload)})
+                continue
             trouble = self._take(name, message, payload)
             if message["number"] + 1 == message["count"]:
                 self._answer(name, {"part": message["part"], "trouble": trouble})
+
+    def _refusal(self, payload: memoryview) -> str:
+        """Why the parts that are offered are too much; else their bytes are theirs until they come."""
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            parts, copies = [Part(*row) for row in json.loads(bytes(payload))], self._folder / slots.COPIES
+            grown = {(p.owner, p.process): slots.growth(copies / p.owner, p.process, p.size) for p in parts}
+            promised = {**self._promised, **grown}
+            needed, room = self._shelf.used() + sum(promised.values()), self._shelf.room()
+        except OSError as error:
+            return str(error)
+        if needed > room:
+            return f"with them it would hold {needed / 1e9:.3f} GB, budget {room / 1e9:.3f} GB (snapshot.memory_gb)"
+        self._promised = promised
+        return ""
 
     def _take(self, name: str, message: dict[str, Any], piece: memoryview) -> str:
         """What is wrong with the part of which this is a piece. Who began last to send it is the one who counts."""
@@ -142,6 +166,8 @@ class Stock:
         try:
             if not coming.trouble:
                 coming.arrival.take(piece)
+                if coming.arrival.begun:
+                    self._promised.pop(key, None)
                 if last:
                     coming.arrival.finish()
         except (DamagedError, OSError) as error:
@@ -214,10 +240,25 @@ class _Sender:
         pieces = [each[at : at + PIECE_BYTES] for each in data for at in range(0, len(each), PIECE_BYTES)]
         for number, piece in enumerate(pieces):
             message = {"part": list(part), "number": number, "count": len(pieces)}
-            while not (self._line.lead().state == HERE and self._line.send(message, piece)):
-                if not deadline.left() or (number and self._line.lead().state != HERE):
-                    return False  # what was sent before is lost with the connection
-                threading.Event().wait(0.01)
+            if not self._put(message, piece, deadline, begun=number > 0):
+                return False
+        return self._accepted("part", list(part), f"has no copy of {part}", deadline)
+
+    def offer(self, parts: list[Part], deadline: Deadline) -> bool:
+        """Whether there is room for all of them; not where it is not known by the deadline."""
+        rows = memoryview(json.dumps(parts).encode())
+        refused = f"takes no parts of the snapshot of step {parts[0].step}, and the next tier serves"
+        return self._put({"offer": len(parts)}, rows, deadline) and self._accepted("offer", len(parts), refused, deadline)
+
+    def _put(self, message: dict[str, Any], payload: memoryview, deadline: Deadline, begun: bool = False) -> bool:
+        while not (self._line.lead().state == HERE and self._line.send(message, payload)):
+            if not deadline.left() or (begun and self._line.lead().state != HERE):
+                return False  # what was sent before is lost with the connection
+            threading.Event().wait(0.01)
+        return True
+
+    def _accepted(self, key: str, value: object, refused: str, deadline: Deadline) -> bool:
+        """What the host answers to this; where it is no, that is said."""
         while deadline.left():
             try:
                 answer = self._answers.get(timeout=0.1)
@@ -225,9 +266,9 @@ class _Sender:
                 if self._line.lead().state != HERE:
                     return False
                 continue
-            if answer.get("part") == list(part):
+            if answer.get(key) == value:
                 if answer["trouble"]:
-                    print(f"[host] {self.to} has no copy of {part}: {answer['trouble']}", file=sys.stderr, flush=True)
+                    print(f"[host] {self.to} {refused}: {answer['trouble']}", file=sys.stderr, flush=True)
                 return not answer["trouble"]
         return False
 

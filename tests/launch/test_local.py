@@ -3,7 +3,10 @@
 import pytest
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.launch import local
 from jaxtrain.launch.local import Options, main, parse
+from jaxtrain.resilience.host import memory_folder
+from jaxtrain.resilience.policy import Shelf
 
 
 def test_own_flags_come_before_the_config_and_the_rest_is_the_trainers():
@@ -35,3 +38,27 @@ def test_a_wrong_command_line_says_what_is_wrong(argv, what, fix):
 def test_help_shows_the_flags(argv, capsys):
     assert main(argv) == 0
     assert "--devices-per-process (default: none)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def supervised(tmp_path, monkeypatch):
+    """supervised(*overrides) -> what a job's supervisor on host b of a and b is given; it starts nothing."""
+    hosts = {"JAXTRAIN_HOSTS": "a:1,b:1", "JAXTRAIN_HOST_INDEX": "1", "JAXTRAIN_JOB_SECRET": "x" * 32}
+    given = []
+    for name, value in hosts.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(local, "Host", lambda *args, **fields: args)
+    monkeypatch.setattr(local, "supervise", lambda *args: given.append(args) or 0)
+
+    def start(*overrides):
+        assert main(["--devices-per-process", "1", "configs/quickstart.py", "--runs-dir", str(tmp_path), *overrides]) == 0
+        return given.pop()
+
+    return start
+
+
+def test_a_jobs_supervisor_knows_what_snapshots_may_take_of_its_host(supervised, tmp_path):
+    folder = memory_folder(tmp_path / "mine", "b") / "snapshots"
+    assert supervised("--name", "mine", "--snapshot.memory-gb", "3")[-1] == Shelf(folder, 3.0)
+    assert supervised("--name", "mine")[-1] == Shelf(folder, None)
+    assert supervised("--name", "mine", "--snapshot.every", "0")[-1] is None

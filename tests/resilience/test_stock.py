@@ -1,6 +1,7 @@
 """What hosts lack of a snapshot and how it comes to them; on how many hosts a config runs. No trainer, no jax."""
 
 import dataclasses
+import json
 import queue
 import threading
 import zlib
@@ -10,6 +11,7 @@ from jaxtrain.resilience import buddies, slots, stock
 from jaxtrain.resilience.fewer import Fits
 from jaxtrain.resilience.host import Plan
 from jaxtrain.resilience.node import Node
+from jaxtrain.resilience.policy import Shelf
 from jaxtrain.resilience.roster import Roster
 from jaxtrain.resilience.slots import Header, Kind, Moment, Piece, Slots
 from jaxtrain.resilience.stock import Part, Stock, missing
@@ -64,7 +66,7 @@ def write(folder, process, step, data):
 
 
 @contextmanager
-def stocked(tmp_path, num):
+def stocked(tmp_path, num, memory_gb=None):
     """(stocks, addresses) of hosts a, b, ... with folders of these names."""
     addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(num))
     stocks, nodes = [], []
@@ -72,7 +74,7 @@ def stocked(tmp_path, num):
         roster = Roster(index=index, addresses=addresses)
         tenure = Tenure(tmp_path, roster.name, addresses[index], 5.0, threading.Event())
         node = Node(roster, SECRET, tenure, threading.Event(), lambda: ("-", []))
-        made = Stock(tmp_path / name, roster, SECRET, node.hub.send)
+        made = Stock(Shelf(tmp_path / name, memory_gb), roster, SECRET, node.hub.send)
         node.on_payload = made.received
         stocks.append(made)
         nodes.append((node, tenure))
@@ -105,10 +107,11 @@ def test_each_new_snapshot_goes_to_the_buddy_and_from_there_to_who_needs_it(tmp_
         assert not stocks[1].send([part._replace(step=40)], addresses[2])
 
 
-def arriving(tmp_path):
+def arriving(tmp_path, memory_gb=None):
     """(a host's stock, hand, answer): `hand(sender, 0, 1)` gives it those of one part's four pieces; what it answers."""
     answers = queue.SimpleQueue()
-    made = Stock(tmp_path / "there", Roster(index=0, addresses=("there:1",)), SECRET, lambda *answer: answers.put(answer))
+    roster, shelf = Roster(index=0, addresses=("there:1",)), Shelf(tmp_path / "there", memory_gb)
+    made = Stock(shelf, roster, SECRET, lambda *answer: answers.put(answer))
     write(tmp_path / "here", 0, 20, b"data")
     *heads, data = buddies.parcel(tmp_path / "here", 0, Moment(20, 1))
     pieces, part = [b"".join(heads) + data[:1], *(data[i : i + 1] for i in (1, 2, 3))], Part("here", 0, 20, 1, 2, 4)
@@ -141,6 +144,41 @@ def test_of_two_hosts_that_send_the_same_part_one_writes_to_the_slot(tmp_path):
     assert answer() == "" and host.inventory() == [Part("here", 0, 20, 1, 2, 4)]
     hand("c", 0, 1, 3)
     assert "pieces of it are missing" in answer()
+    host.close()
+
+
+def test_a_host_is_sent_nothing_of_what_would_exceed_its_budget_and_that_is_said(tmp_path, capsys):
+    with stocked(tmp_path, 2, memory_gb=0.003) as (stocks, addresses):
+        for process in (0, 1):
+            write(tmp_path / "a", process, 20, bytes(2_000_000))
+        both = stocks[0].inventory()
+        assert not stocks[0].send(both, addresses[1])
+        assert not list((tmp_path / "b").rglob("*.data")) and stocks[1].inventory() == []
+        line = f"{addresses[1]} takes no parts of the snapshot of step 20, and the next tier serves: with them it would hold"
+        assert f"{line} 0.004 GB, budget 0.003 GB (snapshot.memory_gb)" in capsys.readouterr().err
+        assert stocks[0].send(both[:1], addresses[1]) and stocks[1].inventory() == both[:1]
+
+
+def test_what_two_hosts_offer_counts_together_until_it_is_here_or_a_generation_begins(tmp_path):
+    host, hand, answer = arriving(tmp_path, memory_gb=10 / 1e9)
+    other = Part("other", 1, 20, 1, 2, 8)
+    offer = lambda sender, part: host.received(sender, {"offer": 1}, memoryview(json.dumps([part]).encode()))
+    offer("b", Part("here", 0, 20, 1, 2, 4))
+    assert answer() == ""
+    offer("c", other)
+    assert "budget" in answer()
+    offer("b", Part("here", 0, 20, 1, 2, 4))  # again: it counts once
+    assert answer() == ""
+    begin(host, None)
+    offer("c", other)
+    assert answer() == ""
+    begin(host, None)
+    hand("b", 0, 1, 2, 3)
+    assert answer() == ""
+    offer("c", other)
+    assert "budget" in answer()
+    offer("c", other._replace(size=6))
+    assert answer() == ""
     host.close()
 
 
