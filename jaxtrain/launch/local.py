@@ -21,6 +21,7 @@ from jaxtrain.resilience.lead import Lead
 from jaxtrain.resilience.policy import FOLDER, Shelf, place
 from jaxtrain.resilience.roster import Roster, roster
 from jaxtrain.resilience.secret import job_secret
+from jaxtrain.resilience.slots import starting
 from jaxtrain.resilience.supervise import supervise
 from jaxtrain.resilience.tenure import ended_with
 from jaxtrain.train.command import Options as TrainerOptions
@@ -56,7 +57,9 @@ def main(argv: list[str]) -> int:
     placed = [faults.placed(fault, count, config.steps) for fault in options.fault]
     injected = lambda number: faults.environment(placed, number)  # noqa: E731
     if hosts is None:
-        host = Host(argv, options.processes, memory_folder(config.run_dir), changed, env)
+        memory = memory_folder(config.run_dir)
+        with starting(memory):
+            host = Host(argv, options.processes, memory, changed, env)
         return Lead(host, config.run_dir, changed, config.watch, injected).run()
     if _is_over(config):
         print(f"the run has ended, at step {config.steps}: this host came late")
@@ -64,8 +67,10 @@ def main(argv: list[str]) -> int:
     devices = devices or call.process.fake_devices or local_gpus() or 1
     fits = Fits(config, devices * options.processes, _trained_on(hosts, options.spares))
     secret = job_secret(os.environ, config.run_dir)
-    memory = memory_folder(config.run_dir, hosts.name)
-    host = Host(argv, options.processes, memory, changed, env, name=hosts.name, devices=devices)
+    memories = [memory_folder(config.run_dir, name) for name in hosts.names]  # others may be on this machine
+    memory = memories[hosts.index]
+    with starting(*memories):
+        host = Host(argv, options.processes, memory, changed, env, name=hosts.name, devices=devices)
     if placed:
         injection.obey(placed, host.pids)
     terms = Terms(

@@ -8,11 +8,15 @@ It imports no jax, and knows arrays only as named boxes of bytes.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import mmap
 import os
+import shutil
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +27,13 @@ from typing import NamedTuple
 from zlib_ng import zlib_ng
 
 from jaxtrain.checkpoint.manifest import DamagedError
+from jaxtrain.errors import RunError
+from jaxtrain.resilience.say import as_host
 
 NAMES = ("a", "b")
 COPIES = "buddies"  # the folder within a host's folder that holds other hosts' snapshots, by host
 ALIGNMENT = 64  # bytes, of each piece's beginning
+UNTOUCHED_S = 24 * 3600.0  # a cancelled run that goes on from memory is back within a working day; later its checkpoint serves
 
 Box = tuple[tuple[int, int], ...]  # per dim, where it begins and ends in the whole array
 Needs = Mapping[str, Iterable[Box]]  # by array
@@ -213,6 +220,27 @@ def newest(folders: Iterable[Path], run: str | None = None) -> int | None:
     return max((moment.step for moment in moments if not undone(moment, restarts)), default=None)
 
 
+@contextlib.contextmanager
+def starting(*own: Path) -> Iterator[None]:
+    """Within it a supervisor makes and locks its folder, after what dead runs left beside it in memory is removed.
+
+    `own`: the folders of its run, which stay. Of this user's supervisors one is within it at a time, so that none removes
+    a folder that another has opened and not yet locked. Raises RunError.
+    """
+    stem = own[0].name.rpartition("-")[0]  # as of all folders of this user
+    lock = _turn(own[0].with_name(f"{stem}.lock"))
+    try:
+        beside = sorted({*own[0].parent.glob(f"{stem}-*")} - {*own})
+        freed = [size for folder in beside if (size := _swept(folder)) is not None]
+        if freed:
+            hours = UNTOUCHED_S / 3600
+            runs = f"{len(freed)} run{'s' * (len(freed) > 1)} untouched for {hours:.0f} h"
+            as_host(f"removed what {runs} left in memory: {sum(freed) / 1e9:.3f} GB")
+        yield
+    finally:
+        os.close(lock)
+
+
 def by_moment(parts: Iterable[Snapshot]) -> dict[Moment, list[Snapshot]]:
     groups: dict[Moment, list[Snapshot]] = defaultdict(list)
     for part in parts:
@@ -267,6 +295,35 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
         return mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)
+
+
+def _turn(path: Path) -> int:
+    """The file, held: it waits for its turn."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if os.fstat(lock).st_uid == os.getuid():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return lock
+        os.close(lock)
+        got = "it belongs to somebody else"
+    except OSError as error:
+        got = str(error)
+    raise RunError(f"{path} cannot be locked.", got=got, rule="a user's supervisors start one by one", fix=f"remove {path}")
+
+
+def _swept(folder: Path) -> int | None:
+    """The bytes of a dead run's folder, which is gone now; None where it is not one, or stays."""
+    with contextlib.suppress(OSError):  # it is somebody else's, or goes just now: no reason not to start
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            return None
+        found = [path.lstat() for path in (folder, *folder.rglob("*"))]
+        if time.time() < max(each.st_mtime for each in found) + UNTOUCHED_S:
+            return None
+        with open(folder / "lock", "a") as lock:  # which its supervisor holds as long as it lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+            return sum(512 * each.st_blocks for each in found)
+    return None
 
 
 def _text(box: Box) -> str:

@@ -1,5 +1,7 @@
 """The command line of `jaxtrain launch`; what it starts is tested in tests/resilience and tests/process."""
 
+import os
+
 import pytest
 
 from jaxtrain.errors import ConfigError
@@ -47,7 +49,8 @@ def supervised(tmp_path, monkeypatch):
     given = []
     for name, value in hosts.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(local, "Host", lambda *args, **fields: args)
+    monkeypatch.setattr(local, "memory_folder", lambda run_dir, host: tmp_path / memory_folder(run_dir, host).name)
+    monkeypatch.setattr(local, "Host", lambda *args, **fields: args[2])
     monkeypatch.setattr(local, "supervise", lambda *args: given.append(args) or 0)
 
     def start(*overrides):
@@ -58,7 +61,16 @@ def supervised(tmp_path, monkeypatch):
 
 
 def test_a_jobs_supervisor_knows_what_snapshots_may_take_of_its_host(supervised, tmp_path):
-    folder = memory_folder(tmp_path / "mine", "b") / "snapshots"
+    folder = local.memory_folder(tmp_path / "mine", "b") / "snapshots"
     assert supervised("--name", "mine", "--snapshot.memory-gb", "3")[-1] == Shelf(folder, 3.0)
     assert supervised("--name", "mine")[-1] == Shelf(folder, None)
     assert supervised("--name", "mine", "--snapshot.every", "0")[-1] is None
+
+
+def test_what_a_dead_run_left_in_memory_goes_when_another_starts_and_what_this_one_left_stays(supervised, tmp_path):
+    folders = [local.memory_folder(tmp_path / name, host) for name, host in (("mine", "a"), ("mine", "b"), ("dead", "b"))]
+    for folder in folders:
+        folder.mkdir()
+        os.utime(folder, (0, 0))
+    assert supervised("--name", "mine")[0] == folders[1]
+    assert [folder.exists() for folder in folders] == [True, True, False]

@@ -1,14 +1,18 @@
 """The files of a snapshot under fire: writers killed at random moments, and more of them than one. No jax in the children."""
 
+import fcntl
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from jaxtrain.errors import RunError
 from jaxtrain.resilience import slots
 from jaxtrain.resilience.slots import Header, Kind, Moment, Piece, Slots, Snapshot
 
@@ -145,3 +149,58 @@ def test_a_part_without_bytes_is_a_whole_part(tmp_path):
     writer.begin(0, None)
     writer.commit(Header(**{**vars(header_of(1)), "arrays": {}, "pieces": []}))
     assert slots.newest([tmp_path]) == 1 and isinstance(slots.snapshots(tmp_path)[0], Snapshot)
+
+
+def memory(tmp_path, name, *, hours=0.0):
+    """A supervisor's folder with 1 MB of a snapshot in it that nobody has touched for so long."""
+    folder = tmp_path / f"jaxtrain-7-{name}"
+    (folder / "snapshots").mkdir(parents=True)
+    (folder / "snapshots" / "0-a.data").write_bytes(bytes(1_000_000))
+    (folder / "lock").touch()
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
+    return folder
+
+
+def test_what_dead_runs_left_in_memory_is_removed_and_said_when_another_starts(tmp_path, capsys):
+    own, mate, fresh, held = (memory(tmp_path, name, hours=h) for name, h in (("own", 90), ("mate", 90), ("fresh", 23), ("held", 90)))
+    gone = [memory(tmp_path, name, hours=25) for name in ("gone", "gone-too")]
+    (gone[1] / "lock").unlink()
+    for path in (gone[1], touched := memory(tmp_path, "touched", hours=90)):
+        os.utime(path, (time.time() - 3600 * 25,) * 2)
+    os.utime(touched / "snapshots" / "0-a.data")
+    link, other = tmp_path / "jaxtrain-7-link", memory(tmp_path / "else", "where", hours=90)
+    link.symlink_to(other)
+    with open(held / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with slots.starting(own, mate):
+            assert {*tmp_path.glob("jaxtrain-7-*")} == {own, mate, fresh, held, touched, link} and other.exists()
+    assert capsys.readouterr().err == "[host] removed what 2 runs untouched for 24 h left in memory: 0.002 GB\n"
+    with slots.starting(own):
+        assert not held.exists() and not mate.exists()
+
+
+def test_a_supervisor_that_starts_at_the_same_moment_keeps_what_it_resumes_from(tmp_path):
+    """Between its folder's being opened and locked the other waits."""
+    old, own = memory(tmp_path, "old", hours=90), memory(tmp_path, "own")
+    swept = threading.Event()
+
+    def sweep():
+        with slots.starting(own):
+            swept.set()
+
+    thread = threading.Thread(target=sweep)
+    with slots.starting(old), open(old / "lock") as lock:
+        thread.start()
+        assert not swept.wait(0.3)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = os.dup(lock.fileno())
+    assert swept.wait(20) and (old / "snapshots" / "0-a.data").exists()
+    thread.join()
+    os.close(lock)
+
+
+def test_a_lock_that_cannot_be_had_says_what_to_do(tmp_path):
+    (tmp_path / "jaxtrain-7.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="remove .*jaxtrain-7.lock"), slots.starting(tmp_path / "jaxtrain-7-own"):
+        pass
