@@ -14,6 +14,7 @@ from jaxtrain.resilience.follow import Follower
 from jaxtrain.resilience.host import Host
 from jaxtrain.resilience.lead import Lead
 from jaxtrain.resilience.node import Node
+from jaxtrain.resilience.policy import Shelf
 from jaxtrain.resilience.remotes import Deposed
 from jaxtrain.resilience.roster import Roster
 from jaxtrain.resilience.say import as_lead
@@ -30,7 +31,7 @@ def supervise(
     watch: Deadlines,
     terms: Terms,
     env: Callable[[int], dict[str, str]] = lambda generation: {},
-    snapshots: Path | None = None,
+    snapshots: Shelf | None = None,
 ) -> int:
     """Until the job has ended: its exit code, the same on all hosts. `snapshots`: where this host's trainers keep them."""
     tenure = Tenure(run_dir, roster.name, roster.addresses[roster.index], watch.lease, changed)
