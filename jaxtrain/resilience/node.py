@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from jaxtrain.resilience import messages
 from jaxtrain.resilience.channel import GONE, HERE, SILENT, Hub, Limits, Line, Peer
 from jaxtrain.resilience.leash import Leash, clock
 from jaxtrain.resilience.roster import Roster
@@ -45,6 +46,7 @@ class Node:
         self.connections = 0  # to leads, so far: after each the host greets
         self.pause_s = min(4 * tenure.lease / LOOKS, max(tenure.lease / LOOKS, len(roster.names) / ASKED_A_SECOND))
         self.silent_s = tenure.lease / 2
+        self._to_host = messages.to_host(roster.names)
         self._limits = Limits(beat_s=self.pause_s, silent_s=self.silent_s, hello_s=self.silent_s)
         port = roster.addresses[roster.index].rpartition(":")[2]
         self.hub = Hub(f":{port}", secret, self._received, on_change=lambda *_: changed.set(), limits=self._limits)
@@ -108,8 +110,8 @@ class Node:
 
     def _received(self, name: str, message: Message, payload: memoryview | None) -> None:
         if payload is not None:
-            return self.on_payload(name, message, payload)
-        if message.get("term") != self._tenure.mine or name not in self._echoes:
+            return self.on_payload(name, messages.checked(message, messages.WITH_PAYLOAD), payload)
+        if name not in self._echoes or messages.checked(message, messages.TO_LEAD)["term"] != self._tenure.mine:
             return None
         if "ping" in message:
             if message["echo"] <= clock():  # this host's own time, as it was told
@@ -134,7 +136,7 @@ class Node:
         self._changed.set()
 
     def _ordered(self, number: int, message: Message) -> None:
-        if message.get("term") != number or number != self.following.number:
+        if messages.checked(message, self._to_host)["term"] != number or number != self.following.number:
             return
         if "pong" in message:
             self._until = max(self._until, float(message["pong"]) + float(message["left"]))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxtrain.background import Deadline
 from jaxtrain.checkpoint.manifest import DamagedError
-from jaxtrain.resilience import buddies, slots
+from jaxtrain.resilience import buddies, messages, slots
 from jaxtrain.resilience.channel import HERE, Line
 from jaxtrain.resilience.host import Plan
 from jaxtrain.resilience.policy import Shelf
@@ -105,6 +106,8 @@ class Stock:
         self._closed.set()
 
     def _sent(self, sender: _Sender, part: Part) -> bool:
+        if self._folder is None:
+            return False
         folder = self._folder if part.owner == self._roster.name else self._folder / slots.COPIES / part.owner
         data = buddies.parcel(folder, part.process, part.moment)
         return data is not None and sender.send(part, data, Deadline(SEND_S))
@@ -142,11 +145,14 @@ class Stock:
         """Why the parts that are offered are too much; else their bytes are theirs until they come."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            parts, copies = [Part(*row) for row in json.loads(bytes(payload))], self._folder / slots.COPIES
+            rows, copies = json.loads(bytes(payload)), self._folder / slots.COPIES
+            if not messages.PARTS(rows):
+                raise ValueError("the offer is malformed")
+            parts = [Part(*row) for row in rows]
             grown = {(p.owner, p.process): slots.growth(copies / p.owner, p.process, p.size) for p in parts}
             promised = {**self._promised, **grown}
             needed, room = self._shelf.used() + sum(promised.values()), self._shelf.room()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return str(error)
         if needed > room:
             return f"with them it would hold {needed / 1e9:.3f} GB, budget {room / 1e9:.3f} GB (snapshot.memory_gb)"
@@ -170,8 +176,8 @@ class Stock:
                     self._promised.pop(key, None)
                 if last:
                     coming.arrival.finish()
-        except (DamagedError, OSError) as error:
-            coming.trouble = str(error)
+        except (DamagedError, OSError, LookupError, TypeError, ValueError, struct.error) as error:  # all of it is read
+            coming.trouble = str(error) or type(error).__name__
         if last:
             del self._coming[key]
         return coming.trouble
@@ -233,7 +239,8 @@ class _Sender:
     def __init__(self, roster: Roster, to: str, secret: bytes):
         self.to, self._answers = to, queue.SimpleQueue()
         address = roster.addresses[roster.names.index(to)]
-        self._line = Line(address, roster.name + TO_BUDDY, secret, lambda message, _: self._answers.put(message), log=_quiet)
+        heard = lambda message, _: self._answers.put(messages.checked(message, messages.TO_SENDER))  # noqa: E731
+        self._line = Line(address, roster.name + TO_BUDDY, secret, heard, log=_quiet)
 
     def send(self, part: Part, data: list[memoryview], deadline: Deadline) -> bool:
         """Whether it is there, whole, before the deadline."""
@@ -301,7 +308,8 @@ def missing(members: list[str], each: int, stocks: dict[str, list[Part]]) -> lis
     for part in holders:
         if part.of:
             of_moment.setdefault(part.moment, {})[part.process] = part
-    whole = [m for m, parts in of_moment.items() if {*parts} == {*range(next(iter(parts.values())).of)}]
+    counts = {moment: next(iter(parts.values())).of for moment, parts in of_moment.items()}
+    whole = [m for m, parts in of_moment.items() if len(parts) == counts[m] and {*parts} == {*range(len(parts))}]
     if not whole:
         return []
     newest = max(whole, key=lambda moment: (moment.generation, moment.step))
