@@ -25,7 +25,7 @@ from jaxtrain.resilience.verdict import Status, Verdict
 POLL_S = 0.02
 REPORT_S = 0.25  # at least so often, and when a trainer ends or begins
 REPORTS_A_SECOND = 1000  # at most to one lead, but for news
-TURN_S = 1.0  # by which each host lets the one before it in the roster take a term first
+TURN_S = 1.0  # by which at most each host lets the one before it in the roster take a term first
 LEADERLESS_S = 600.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -94,11 +94,11 @@ class Follower:
             as_host("the lead is not heard: the trainers of this host are ended")
             self._fence()
         self._report()
-        return self._alone(here)
+        return self._alone()
 
-    def _alone(self, here: bool) -> int | None:
+    def _alone(self) -> int | None:
         """Without a lead: takes a term when its turn has come; the exit code, where it was told to stop."""
-        if here:
+        if self._node.led():
             self._led = clock()
             return None
         if self._signals and clock() >= self._node.until():  # the trainers save as long as they may
@@ -107,7 +107,7 @@ class Follower:
         bereft = not fresh and self._tenure.bereft == self._tenure.newest.number
         silent, still = clock() - (self._led if fresh else self._node.heard), self._tenure.still()
         quiet, patience = (silent, 0.0) if fresh or bereft else (min(silent, still), TAKEN * self._tenure.lease)
-        if still > 0 and quiet >= patience + self._place() * TURN_S:
+        if still > 0 and quiet >= patience + self._turn_s():
             self._fence()
             self.early = bereft
             self._lost, self._silent = "" if fresh else self._tenure.newest.host, silent
@@ -136,11 +136,12 @@ class Follower:
         found = Verdict(what="lead lost", culprits=(), line=line, statuses=self.left)
         return name, (found, time.monotonic() - self._silent)
 
-    def _place(self) -> int:
-        """How many come before this host: the roster, from the one after the last lead on."""
+    def _turn_s(self) -> float:
+        """How long this host lets others go first: by the roster, from the one after the last lead on, and less than one
+        lease in all, for those before it may not be there. Where two turns come at once the term's file has one maker."""
         names, last = self._node.roster.names, self._tenure.newest
         first = names.index(last.host) + 1 if last.host in names and last.ended is None else 0
-        return (self._node.roster.index - first) % len(names)
+        return (self._node.roster.index - first) % len(names) * min(TURN_S, self._tenure.lease / len(names))
 
     def _greet(self) -> None:
         self._greeted, self._served, self._reported = self._node.connections, self._node.following.number, 0.0

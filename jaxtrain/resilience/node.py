@@ -76,6 +76,10 @@ class Node:
     def lead(self) -> Peer:
         return self._line.lead() if self._line else Peer(state=GONE)
 
+    def led(self) -> bool:
+        """Whether somebody is heard to lead: who leads no more may still be connected, but does not answer."""
+        return self.lead().state == HERE and clock() < self.heard + self._tenure.lease
+
     def until(self) -> float:
         """When the right to let trainers run ends."""
         return self._tenure.until() if self._tenure.mine else self._until

@@ -104,7 +104,11 @@ class Tenure:
         return clock() < self.until()
 
     def heard_by_all(self, moment: float) -> None:
-        """All other hosts have heard something that this one said at this moment or later."""
+        """All other hosts have heard something that this one said at this moment or later.
+
+        All of the roster: one that is not connected, or not started yet, sees the folder alone, and may take the next
+        term 1.5 leases after that stood still, however well the connected ones hear this host.
+        """
         if clock() < self.until():
             self._acked = max(self._acked, moment)
 

@@ -14,19 +14,15 @@ from jaxtrain.resilience.channel import GONE, HERE, Hub
 from jaxtrain.resilience.follow import Follower
 from jaxtrain.resilience.host import Plan
 from jaxtrain.resilience.links import Link
-from jaxtrain.resilience.node import Node
 from jaxtrain.resilience.pulse import PHASES, Beat
 from jaxtrain.resilience.remotes import Remotes
 from jaxtrain.resilience.report import packed
-from jaxtrain.resilience.roster import Roster
 from jaxtrain.resilience.stock import Part, Stock
-from jaxtrain.resilience.tenure import Tenure
 from jaxtrain.resilience.verdict import Status
 from jaxtrain.resilience.wire import Refused
+from tests.resilience.ends import Ends, Still
 from tests.resilience.lines import SECRET, Heard, Raw, until
-from tests.resilience.supervisors import free_ports
 
-LEASE_S = 60.0  # nobody loses a right here
 CASES = 300
 STANDS = {"generation": 1, "running": 1, "term": 1}
 BEAT = Beat(3, 4, 1, 20, "step", time.monotonic(), "data 0", "", dict.fromkeys(PHASES, 2), dict.fromkeys(PHASES, 0.5))
@@ -79,37 +75,6 @@ def spoilt(message, rng):
         return message
 
 
-class Still:
-    """A host that does nothing of what it is told."""
-
-    name, processes, generation, aside = "h", 1, 0, False
-    statuses = gather = lambda self, *what: []
-    ready = shape = running = signal = lambda self, *what: 0
-    prepare = start = fence = lambda self, *what: []
-
-
-@pytest.fixture
-def ends(tmp_path):
-    """A lead's tenure, and the node and the tenure of the host `index`, once it knows who leads."""
-    made = []
-
-    def make(index):
-        addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
-        tenures = [Tenure(tmp_path, name, name, LEASE_S, threading.Event()) for name in addresses]
-        made.extend(tenures)
-        for tenure in tenures:
-            tenure._look()
-        assert tenures[0].claim()
-        tenures[1]._look()
-        node = Node(Roster(index=index, addresses=addresses), SECRET, tenures[index], threading.Event(), lambda: ("-", []))
-        made.append(node)
-        return addresses, tenures, node
-
-    yield make
-    for each in reversed(made):
-        each.close()
-
-
 def test_what_is_checked_has_the_fields_of_what_is_sent():
     fields = lambda kind: [field.name for field in dataclasses.fields(kind)]  # noqa: E731
     assert [*messages.STATUS] == fields(Status) and [*messages.BEAT] == fields(Beat) and [*messages.plan(())] == fields(Plan)
@@ -130,30 +95,32 @@ def test_what_supervisors_say_is_taken_and_one_wrong_field_is_not(checks, said):
                 messages.checked({key: value for key, value in sent.items() if key != field}, checks)
 
 
-def test_a_hub_and_a_lead_outlive_every_field_that_a_peer_can_send(ends):
-    addresses, tenures, node = ends(0)
+def test_a_hub_and_a_lead_outlive_every_field_that_a_peer_can_send(opened, tmp_path):
+    ends = opened(Ends(tmp_path, 0))
+    node, name = ends.nodes[0], ends.addresses[1]
     node.hub.refusals._log = Heard()
-    remotes, rng = Remotes(node, tenures[0], threading.Event()), random.Random(3)
+    remotes, rng = Remotes(node, ends.tenures[0], threading.Event()), random.Random(3)
     for _ in range(CASES):
-        raw = Raw.joined(node.hub.port, addresses[1])
+        raw = Raw.joined(node.hub.port, name)
         raw.send(raw.session.seal(wire.MESSAGE, json.dumps(spoilt(rng.choice(TO_LEAD), rng)).encode()))
         raw.sock.close()
         remotes.hear()
     until(lambda: node.hub.refused.get("malformed", 0) > 0.5 * CASES)
-    raw = Raw.joined(node.hub.port, addresses[1])
+    raw = Raw.joined(node.hub.port, name)
     for message in TO_LEAD:
         raw.send(raw.session.seal(wire.MESSAGE, json.dumps(message).encode()))
     until(lambda: raw.read() and any(b'"pong":1.5' in body for _, body in raw.frames))
-    until(lambda: remotes.hear() or remotes[addresses[1]].shape == "1 processes of 1 devices")
+    until(lambda: remotes.hear() or remotes[name].shape == "1 processes of 1 devices")
 
 
-def test_a_host_that_follows_outlives_every_order_that_a_lead_can_send(ends, tmp_path):
-    addresses, tenures, node = ends(1)
+def test_a_host_that_follows_outlives_every_order_that_a_lead_can_send(opened, tmp_path):
+    ends = opened(Ends(tmp_path, 0, 1))
+    node, tenure = ends.nodes[1], ends.tenures[1]
     stock = Stock(None, node.roster, SECRET, lambda *what: None)
-    follower, rng, refused = Follower(Still(), node, tenures[1], threading.Event(), stock), random.Random(4), 0
+    follower, rng, refused = Follower(Still(), node, tenure, threading.Event(), stock), random.Random(4), 0
     follower._turn()
     for _ in range(CASES * 10):
-        order = json.loads(json.dumps(spoilt(rng.choice(TO_HOST), rng)).replace("ME", addresses[1]))
+        order = json.loads(json.dumps(spoilt(rng.choice(TO_HOST), rng)).replace("ME", node.roster.name))
         try:
             node._ordered(1, order)
         except Refused:
@@ -162,16 +129,17 @@ def test_a_host_that_follows_outlives_every_order_that_a_lead_can_send(ends, tmp
     assert refused > CASES
 
 
-def test_a_lead_that_sends_nonsense_is_hung_up_on_and_called_again(ends, opened):
-    addresses, tenures, node = ends(1)
-    log, states = Heard(), Heard()
-    hub = opened(Hub(addresses[0], SECRET, Heard(), on_change=states, log=Heard()))
-    node.follow(tenures[1].newest)
+def test_a_lead_that_sends_nonsense_is_hung_up_on_and_called_again(opened, tmp_path):
+    ends, log, states = opened(Ends(tmp_path, 0, 1)), Heard(), Heard()
+    node, name = ends.nodes[1], ends.addresses[1]
+    ends.nodes[0].hub.close()
+    hub = opened(Hub(ends.addresses[0], SECRET, Heard(), on_change=states, log=Heard()))
+    node.follow(ends.tenures[1].newest)
     node._line.refusals._log = log
     until(lambda: node.lead().state == HERE and hub.peers())
-    hub.send(addresses[1], {"order": "dance", "term": 1})
-    until(lambda: (addresses[1], GONE) in states)
-    until(lambda: states[-1] == (addresses[1], HERE))
+    hub.send(name, {"order": "dance", "term": 1})
+    until(lambda: (name, GONE) in states)
+    until(lambda: states[-1] == (name, HERE))
     assert node._line.refused == {"malformed": 1} and node.orders.empty()
-    hub.send(addresses[1], {"order": "fence", "id": 1, "term": 1})
+    hub.send(name, {"order": "fence", "id": 1, "term": 1})
     assert until(lambda: not node.orders.empty() and node.orders.get())["order"] == "fence"

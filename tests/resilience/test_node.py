@@ -5,14 +5,18 @@ import sys
 import threading
 import time
 
+from jaxtrain.resilience.follow import Follower
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import HERE, Node
 from jaxtrain.resilience.roster import Roster
-from jaxtrain.resilience.tenure import Tenure
+from jaxtrain.resilience.stock import Stock
+from jaxtrain.resilience.tenure import TAKEN, Tenure
+from tests.resilience.ends import Ends, Still
 from tests.resilience.lines import SECRET, until
 from tests.resilience.supervisors import free_ports
 
 LEASE_S = 1.0
+SLACK_S = 1.0  # for a busy machine
 
 
 def test_the_trainers_of_a_host_that_was_told_to_fence_live_no_longer_than_the_right_it_had(tmp_path):
@@ -49,3 +53,24 @@ def test_the_trainers_of_a_host_that_was_told_to_fence_live_no_longer_than_the_r
         for node, tenure in zip(nodes, tenures):
             node.close()
             tenure.close()
+
+
+def test_a_lead_that_leads_no_more_is_followed_within_one_lease_though_it_is_connected_and_others_are_missing(opened, tmp_path):
+    ends = opened(Ends(tmp_path, 2, 9, count=12, lease=LEASE_S))
+    tenure, node = ends.tenures[9], ends.nodes[9]
+    host = Follower(Still(), node, tenure, threading.Event(), Stock(None, node.roster, SECRET, lambda *what: None))
+
+    def led():
+        host._turn()
+        return tenure.mine
+
+    end = time.monotonic() + 3 * LEASE_S
+    while time.monotonic() < end:  # it hears its lead
+        assert not led()
+        time.sleep(0.01)
+    ends.tenures[2].close()
+    stopped = clock()
+    until(lambda: clock() > ends.tenures[2].until())
+    assert node.lead().state == HERE
+    until(led, (TAKEN + 1) * LEASE_S + SLACK_S)
+    assert clock() > ends.tenures[2].until() and clock() - stopped >= (TAKEN - 0.2) * LEASE_S
