@@ -24,6 +24,10 @@ APART = ("start", "restore", "compile", "evaluate", "save", "end")  # phases tha
 WINDOW_S = 30.0  # over which a pace is taken
 SLOWER = 1.5  # than the median of the windows so far
 WINDOWS = 64
+ABSENT = (9, 12)  # NVML's errors: no driver is loaded, there is no library
+UNASKED = (3, 13)  # this card does not count it, or this driver does not know the question
+
+Complaints = Iterator[tuple[str, str]]  # the kind and, where there are several, the device; in words
 
 
 class Vitals:
@@ -33,20 +37,28 @@ class Vitals:
     """
 
     def __init__(self, run_dir: Path, memory: str = "/proc/meminfo", gpus: ModuleType | None = None):
-        self._looks: dict[str, Callable[[], Iterator[str]]] = {
+        self._looks: dict[str, Callable[[], Complaints]] = {
             f"the disk of {run_dir}": lambda: _disk(run_dir),
             memory: lambda: _memory(Path(memory)),
             "the GPUs' driver": lambda: _gpus(gpus),
         }
-        self._asked: dict[str, tuple[float, Future[list[str]]]] = {}
+        self._asked: dict[str, tuple[float, Future[list[tuple[str, str]]]]] = {}
+        self._said: set[str] = set()
 
     def complaints(self) -> Iterator[str]:
-        """In words, what was close to its limit or reported an error when it was last looked at; looks again."""
+        """In words, and of each kind and device once, what `look` gives."""
+        for kind, line in self.look():
+            if kind not in self._said:
+                self._said.add(kind)
+                yield line
+
+    def look(self) -> Complaints:
+        """What was close to its limit or reported an error when it was last looked at; looks again."""
         for name, look in self._looks.items():
             since, found = self._asked.get(name, (0.0, None))
             if found and not found.done():
                 if time.monotonic() > since + ANSWER_S:
-                    yield f"{name} does not answer"
+                    yield f"{name}: no answer", f"{name} does not answer"
                 continue
             yield from found.result() if found else ()
             self._asked[name] = time.monotonic(), in_background(partial(_looked, name, look))
@@ -81,31 +93,31 @@ class Pace:
         return statistics.median(self._windows) if len(self._windows) >= 3 else None
 
 
-def _looked(name: str, look: Callable[[], Iterator[str]]) -> list[str]:
+def _looked(name: str, look: Callable[[], Complaints]) -> list[tuple[str, str]]:
     try:
         return list(look())
     except (OSError, LookupError, ValueError) as error:  # as a file server that has lost its disk
-        return [f"{name} cannot be looked at: {error}"]
+        return [(f"{name}: error", f"{name} cannot be looked at: {error}")]
 
 
-def _disk(run_dir: Path) -> Iterator[str]:
+def _disk(run_dir: Path) -> Complaints:
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     usage = shutil.disk_usage(folder)
     if usage.free < FREE_DISK * usage.total:
-        yield f"the disk of {run_dir} has {usage.free / 1e9:.1f} GB left of {usage.total / 1e9:.0f} GB"
+        yield "disk", f"the disk of {run_dir} has {usage.free / 1e9:.1f} GB left of {usage.total / 1e9:.0f} GB"
 
 
-def _memory(path: Path) -> Iterator[str]:
+def _memory(path: Path) -> Complaints:
     if not path.exists():
         return
     rows = dict(line.split(":") for line in path.read_text().splitlines() if ":" in line)
     free, total = (int(rows[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
     if free < FREE_MEMORY * total:
-        yield f"{os.uname().nodename} has {free / 1e6:.1f} GB of memory left of {total / 1e6:.0f} GB"
+        yield "memory", f"{os.uname().nodename} has {free / 1e6:.1f} GB of memory left of {total / 1e6:.0f} GB"
 
 
-def _gpus(nvml: ModuleType | None) -> Iterator[str]:
-    """Uncorrected memory errors since the driver was loaded, and rows that could not be replaced."""
+def _gpus(nvml: ModuleType | None) -> Complaints:
+    """Uncorrected memory errors since the driver was loaded, rows that could not be replaced, and cards that are lost."""
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
@@ -113,19 +125,31 @@ def _gpus(nvml: ModuleType | None) -> Iterator[str]:
             return
     try:
         nvml.nvmlInit()
-        for index in range(nvml.nvmlDeviceGetCount()):
-            yield from _gpu(nvml, index)
-    except nvml.NVMLError:
-        return  # no driver, no card
+        count = nvml.nvmlDeviceGetCount()
+    except nvml.NVMLError as error:
+        if error.value not in ABSENT:
+            yield "driver", f"the GPUs' driver answers with an error: {error}"
+        return
+    for index in range(count):
+        try:
+            yield from _gpu(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index))
+        except nvml.NVMLError as error:
+            yield f"GPU {index}", f"GPU {index} answers with an error: {error}"
 
 
-def _gpu(nvml: ModuleType, index: int) -> Iterator[str]:
-    device = nvml.nvmlDeviceGetHandleByIndex(index)
+def _gpu(nvml: ModuleType, index: int, device: object) -> Complaints:
+    kind, since = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+    if errors := _answer(nvml, lambda: nvml.nvmlDeviceGetTotalEccErrors(device, kind, since)):
+        yield f"GPU {index}: errors", f"GPU {index} has {errors} uncorrected memory errors"
+    if _answer(nvml, lambda: nvml.nvmlDeviceGetRemappedRows(device)[3]):
+        yield f"GPU {index}: rows", f"GPU {index} could not replace a bad row of its memory"
+
+
+def _answer(nvml: ModuleType, question: Callable[[], int]) -> int:
+    """0 from a card without error correction."""
     try:
-        kind, since = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-        if errors := nvml.nvmlDeviceGetTotalEccErrors(device, kind, since):
-            yield f"GPU {index} has {errors} uncorrected memory errors"
-        if nvml.nvmlDeviceGetRemappedRows(device)[3]:
-            yield f"GPU {index} could not replace a bad row of its memory"
-    except nvml.NVMLError:
-        return  # a card without error correction
+        return question()
+    except nvml.NVMLError as error:
+        if error.value in UNASKED:
+            return 0
+        raise

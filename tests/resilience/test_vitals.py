@@ -6,15 +6,17 @@ import shutil
 import threading
 from types import SimpleNamespace
 
+import pytest
+
 from jaxtrain.resilience import vitals
 
 
 def said(looks):
     """What it says once all that it looks at has answered."""
-    assert list(looks.complaints()) == []
+    first = list(looks.complaints())
     for _, found in looks._asked.values():
         found.result(10)
-    return list(looks.complaints())
+    return first + list(looks.complaints())
 
 
 def test_a_disk_that_does_not_answer_is_said_and_holds_nobody_up(tmp_path, monkeypatch):
@@ -57,7 +59,9 @@ class Nvml(SimpleNamespace):
     """A driver with two cards, the second of which has errors."""
 
     class NVMLError(Exception):
-        pass
+        def __init__(self, value):
+            super().__init__(f"error {value}")
+            self.value = value
 
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = 0
     nvmlInit = staticmethod(lambda: None)
@@ -67,9 +71,41 @@ class Nvml(SimpleNamespace):
     nvmlDeviceGetRemappedRows = staticmethod(lambda device: (0, 0, 0, device))
 
 
-def test_a_card_with_errors_is_named(tmp_path):
-    said = list(vitals._gpus(Nvml()))
-    assert said == ["GPU 1 has 3 uncorrected memory errors", "GPU 1 could not replace a bad row of its memory"]
+def failing(value, *devices):
+    def answer(device=None, *more):
+        if device in devices:
+            raise Nvml.NVMLError(value)
+        return device
+
+    return answer
+
+
+def lines(nvml):
+    return [line for _, line in vitals._gpus(nvml)]
+
+
+def test_a_card_with_errors_is_named():
+    assert lines(Nvml()) == ["GPU 1 has 3 uncorrected memory errors", "GPU 1 could not replace a bad row of its memory"]
+
+
+@pytest.mark.parametrize("question", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetTotalEccErrors"])
+def test_a_card_that_is_lost_is_named_and_the_others_are_looked_at(question):
+    lost, *others = lines(Nvml(**{question: failing(15, 0)}))
+    assert lost == "GPU 0 answers with an error: error 15" and "GPU 1" in others[-1]
+
+
+def test_only_a_machine_without_a_driver_and_a_card_without_error_correction_have_nothing_to_say():
+    assert lines(Nvml(nvmlInit=failing(9, None))) == lines(Nvml(nvmlInit=failing(12, None))) == []
+    assert lines(Nvml(nvmlInit=failing(18, None))) == ["the GPUs' driver answers with an error: error 18"]
+    assert lines(Nvml(nvmlDeviceGetTotalEccErrors=failing(3, 0, 1))) == ["GPU 1 could not replace a bad row of its memory"]
+
+
+def test_what_goes_on_is_said_once_though_its_number_changes(tmp_path, monkeypatch):
+    free = iter(range(10**9, 1, -1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=100e9, free=next(free)))
+    looks = vitals.Vitals(tmp_path, str(tmp_path / "nothing"), Nvml(nvmlDeviceGetTotalEccErrors=lambda *of: next(free)))
+    assert len(said(looks)) == 4  # the disk, the errors of two cards, the row of one
+    assert said(looks) == []
 
 
 def test_a_run_that_slows_down_is_said_once_a_window_and_a_steady_one_never():
