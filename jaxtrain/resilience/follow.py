@@ -21,6 +21,7 @@ from jaxtrain.resilience.say import as_host
 from jaxtrain.resilience.stock import Part, Stock
 from jaxtrain.resilience.tenure import TAKEN, Tenure
 from jaxtrain.resilience.verdict import Status, Verdict
+from jaxtrain.resilience.vitals import DISK, EVERY_S, Vitals
 
 POLL_S = 0.02
 REPORT_S = 0.25  # at least so often, and when a trainer ends or begins
@@ -33,9 +34,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Follower:
     """`run` returns the exit code of the job, or None when this host leads."""
 
-    def __init__(self, host: Host, node: Node, tenure: Tenure, changed: threading.Event, stock: Stock):
+    def __init__(self, host: Host, node: Node, tenure: Tenure, changed: threading.Event, stock: Stock, vitals: Vitals):
         self._host, self._node, self._tenure, self._changed = host, node, tenure, changed
-        self._instance, self._stock = secrets.token_hex(4), stock
+        self._instance, self._stock, self._vitals = secrets.token_hex(4), stock, vitals
+        self._looked, self._complaints = 0.0, dict[str, str]()  # of this machine, for the lead to say
         self._signals: list[int] = []
         self._passed: set[int] = set()  # signals that this generation's trainers have
         self._greeted, self._served, self._reported, self._last = 0, 0, 0.0, None  # connection; term; when; what
@@ -191,7 +193,10 @@ class Follower:
         news, many = seen != self._last, len(self._node.roster.names) / REPORTS_A_SECOND
         if not news and now < self._reported + max(REPORT_S, many):
             return
-        if self._node.tell({"report": packed(statuses), "news": news, "ready": ready, **self._stands()}):
+        if now >= self._looked + EVERY_S:
+            self._looked, self._complaints = now, {kind: line for kind, line in self._vitals.look() if kind != DISK}
+        told = {"report": packed(statuses), "complaints": self._complaints, "news": news, "ready": ready}
+        if self._node.tell(told | self._stands()):
             self._last, self._reported = seen, now
 
     def _forward(self, number: int, frame: object) -> None:

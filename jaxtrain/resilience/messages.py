@@ -126,7 +126,7 @@ _ANSWERS = [
 TO_LEAD: Checks = {
     "ping": record(ping=number, echo=number, term=whole),
     "hello": record(hello=record(instance=text, shape=text, aside=flag), **_SAID),
-    "report": record(report=many(record(**STATUS)), news=flag, ready=flag, **_SAID),
+    "report": record(report=many(record(**STATUS)), complaints=table(text, text), news=flag, ready=flag, **_SAID),
     "done": either(*(record(done=whole, term=whole, **answer) for answer in _ANSWERS)),
 }
 WITH_PAYLOAD: Checks = {

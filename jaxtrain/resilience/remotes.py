@@ -54,6 +54,7 @@ class Remotes:
         self._numbers = itertools.count(1)
         self._plan: Plan | None = None
         self._training: list[str] = []
+        self._said: set[tuple[str, str]] = set()  # of whose machine, which kind of complaint
 
     def __getitem__(self, name: str) -> Remote:
         return self._all[name]
@@ -72,6 +73,7 @@ class Remotes:
                 self._greet(name, remote, message["hello"])
             elif "report" in message:
                 remote.ready = message["ready"]
+                self._say(name, message["complaints"])
                 if self._plan and remote.running == self._plan.generation:
                     remote.statuses = unpacked(message["report"])
             elif remote.asked and message.get("done") == remote.asked["id"]:
@@ -167,6 +169,13 @@ class Remotes:
             raise Deposed
         self._changed.wait(seconds)
         self._changed.clear()
+
+    def _say(self, name: str, complaints: dict[str, str]) -> None:
+        """What a host finds wrong with its machine, each kind once."""
+        for kind, line in complaints.items():
+            if (name, kind) not in self._said:
+                self._said.add((name, kind))
+                as_lead(f"host {name}: {line}")
 
     def _greet(self, name: str, remote: Remote, hello: dict[str, Any]) -> None:
         """A host is newly connected: for the first time, again, or as another process."""

@@ -20,6 +20,7 @@ from jaxtrain.resilience.roster import Roster
 from jaxtrain.resilience.say import as_lead
 from jaxtrain.resilience.stock import Stock
 from jaxtrain.resilience.tenure import Tenure
+from jaxtrain.resilience.vitals import Vitals
 
 
 def supervise(
@@ -38,7 +39,7 @@ def supervise(
     node = Node(roster, secret, tenure, changed, host.pids)
     stock = Stock(snapshots, roster, secret, node.hub.send)
     node.on_payload, host.before_orders = stock.received, node.hold
-    follower = Follower(host, node, tenure, changed, stock)
+    follower = Follower(host, node, tenure, changed, stock, Vitals(run_dir))
     try:
         while True:
             code = follower.run()

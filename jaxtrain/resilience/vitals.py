@@ -26,6 +26,7 @@ SLOWER = 1.5  # than the median of the windows so far
 WINDOWS = 64
 ABSENT = (9, 12)  # NVML's errors: no driver is loaded, there is no library
 UNASKED = (3, 13)  # this card does not count it, or this driver does not know the question
+DISK = "disk"  # a kind of complaint that all hosts of a job share, as they share the run folder
 
 Complaints = Iterator[tuple[str, str]]  # the kind and, where there are several, the device; in words
 
@@ -104,7 +105,7 @@ def _disk(run_dir: Path) -> Complaints:
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     usage = shutil.disk_usage(folder)
     if usage.free < FREE_DISK * usage.total:
-        yield "disk", f"the disk of {run_dir} has {usage.free / 1e9:.1f} GB left of {usage.total / 1e9:.0f} GB"
+        yield DISK, f"the disk of {run_dir} has {usage.free / 1e9:.1f} GB left of {usage.total / 1e9:.0f} GB"
 
 
 def _memory(path: Path) -> Complaints:

@@ -13,9 +13,10 @@ class Still:
     """A host that does nothing of what it is told."""
 
     name, processes, generation, aside = "h", 1, 0, False
-    statuses = gather = lambda self, *what: []
-    ready = shape = running = signal = lambda self, *what: 0
-    prepare = start = fence = lambda self, *what: []
+    statuses = gather = fence = lambda self, *what: []
+    running = signal = lambda self, *what: 0
+    ready, shape = lambda self: False, lambda self: "nothing"
+    prepare = start = lambda self, *what: None
 
 
 class Ends:

@@ -19,6 +19,7 @@ from jaxtrain.resilience.remotes import Remotes
 from jaxtrain.resilience.report import packed
 from jaxtrain.resilience.stock import Part, Stock
 from jaxtrain.resilience.verdict import Status
+from jaxtrain.resilience.vitals import Vitals
 from jaxtrain.resilience.wire import Refused
 from tests.resilience.ends import Ends, Still
 from tests.resilience.lines import SECRET, Heard, Raw, until
@@ -32,7 +33,7 @@ TO_LEAD = [
     {"ping": 1.5, "echo": 0.0, "term": 1},
     {"hello": {"instance": "1", "shape": "1 processes of 1 devices", "aside": False}, **STANDS},
     {"report": packed([Status(index=0, host="h", pid=7, beat=BEAT), Status(index=1, host="h", pid=8, code=-9, ended=1.0)]),
-     "news": True, "ready": False, **STANDS},
+     "complaints": {"memory": "h has little"}, "news": True, "ready": False, **STANDS},
     {"done": 1, "alive": ["process 7 on h"], "term": 1},
     {"done": 2, "gathered": {"0": {"frame": "get (loader.py:72)", "links": [["a", "b", 0]]}}, "term": 1},
     {"done": 3, "parts": [PART], "term": 1},
@@ -117,7 +118,7 @@ def test_a_host_that_follows_outlives_every_order_that_a_lead_can_send(opened, t
     ends = opened(Ends(tmp_path, 0, 1))
     node, tenure = ends.nodes[1], ends.tenures[1]
     stock = Stock(None, node.roster, SECRET, lambda *what: None)
-    follower, rng, refused = Follower(Still(), node, tenure, threading.Event(), stock), random.Random(4), 0
+    follower, rng, refused = Follower(Still(), node, tenure, threading.Event(), stock, Vitals(tmp_path)), random.Random(4), 0
     follower._turn()
     for _ in range(CASES * 10):
         order = json.loads(json.dumps(spoilt(rng.choice(TO_HOST), rng)).replace("ME", node.roster.name))

@@ -1,18 +1,22 @@
 """The right to let trainers run, as it travels from a lead to a host that follows. No trainer, no jax."""
 
+import itertools
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 from jaxtrain.resilience.follow import Follower
 from jaxtrain.resilience.leash import clock
 from jaxtrain.resilience.node import HERE, Node
+from jaxtrain.resilience.remotes import Remotes
 from jaxtrain.resilience.roster import Roster
 from jaxtrain.resilience.stock import Stock
 from jaxtrain.resilience.tenure import TAKEN, Tenure
+from jaxtrain.resilience.vitals import Vitals
 from tests.resilience.ends import Ends, Still
-from tests.resilience.lines import SECRET, until
+from tests.resilience.lines import SECRET, Heard, until
 from tests.resilience.supervisors import free_ports
 
 LEASE_S = 1.0
@@ -55,10 +59,27 @@ def test_the_trainers_of_a_host_that_was_told_to_fence_live_no_longer_than_the_r
             tenure.close()
 
 
+def follower(node, tenure, vitals):
+    stock = Stock(None, node.roster, SECRET, lambda *what: None)
+    return Follower(Still(), node, tenure, threading.Event(), stock, vitals)
+
+
+def test_what_is_wrong_with_another_hosts_machine_the_lead_says_once_with_its_name(opened, tmp_path, monkeypatch):
+    ends, said, looks = opened(Ends(tmp_path, 0, 1)), Heard(), itertools.count()
+    monkeypatch.setattr("jaxtrain.resilience.remotes.as_lead", lambda line: said(line))
+    monkeypatch.setattr("jaxtrain.resilience.follow.EVERY_S", 0.05)
+    rows = [("disk", "the run folder's disk is full"), ("GPU 3", "GPU 3 is lost")]
+    vitals = SimpleNamespace(look=lambda: iter([*rows, ("memory", f"{next(looks)} bytes are free")]))
+    host, remotes = follower(ends.nodes[1], ends.tenures[1], vitals), Remotes(ends.nodes[0], ends.tenures[0], threading.Event())
+    until(lambda: host._turn() or remotes.hear() or len(said) > 2 and next(looks) > 200)
+    joined, gpu, memory = (line.removeprefix(f"host {ends.addresses[1]}") for (line,) in said)
+    assert joined == " has joined" and gpu == ": GPU 3 is lost" and memory.endswith(" bytes are free")
+
+
 def test_a_lead_that_leads_no_more_is_followed_within_one_lease_though_it_is_connected_and_others_are_missing(opened, tmp_path):
     ends = opened(Ends(tmp_path, 2, 9, count=12, lease=LEASE_S))
     tenure, node = ends.tenures[9], ends.nodes[9]
-    host = Follower(Still(), node, tenure, threading.Event(), Stock(None, node.roster, SECRET, lambda *what: None))
+    host = follower(node, tenure, Vitals(tmp_path))
 
     def led():
         host._turn()
