@@ -20,6 +20,7 @@ from jaxtrain.resilience.host import Host, memory_folder
 from jaxtrain.resilience.lead import Lead
 from jaxtrain.resilience.policy import FOLDER, Shelf, place
 from jaxtrain.resilience.roster import Roster, roster
+from jaxtrain.resilience.say import flush
 from jaxtrain.resilience.secret import job_secret
 from jaxtrain.resilience.slots import starting
 from jaxtrain.resilience.supervise import supervise
@@ -60,7 +61,10 @@ def main(argv: list[str]) -> int:
         memory = memory_folder(config.run_dir)
         with starting(memory):
             host = Host(argv, options.processes, memory, changed, env)
-        return Lead(host, config.run_dir, changed, config.watch, injected).run()
+        try:
+            return Lead(host, config.run_dir, changed, config.watch, injected).run()
+        finally:
+            flush()
     if _is_over(config):
         print(f"the run has ended, at step {config.steps}: this host came late")
         return 0

@@ -13,7 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-_lock = threading.Lock()  # lines of several children do not mix
+from jaxtrain.resilience import say
+
 READY = "\0ready"  # a line by which a child says that it waits for orders; what a trainer prints is text
 
 
@@ -27,7 +28,7 @@ class Child:
             command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
         )
         self._changed = changed
-        for source, sink in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)):
+        for source, sink in ((self._process.stdout, say.OUT), (self._process.stderr, say.ERR)):
             threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
         threading.Thread(target=self._wait, daemon=True).start()
 
@@ -75,16 +76,14 @@ class Child:
             self._process.stdin.close()
         self._changed.set()
 
-    def _copy(self, source: IO[bytes], sink: IO[str]) -> None:
+    def _copy(self, source: IO[bytes], sink: say.Writer) -> None:
         for raw in source:
             line = raw.decode(errors="replace").rstrip()
             if line == READY:
                 self.ready = True
                 self._changed.set()
                 continue
-            with _lock, contextlib.suppress(OSError):  # a reader that left, or a full disk, does not stop the run
-                sink.write(f"{self.head}{line}\n")
-                sink.flush()
+            sink.put(f"{self.head}{line}")
         source.close()
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import queue
 import struct
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from jaxtrain.resilience.channel import HERE, Line
 from jaxtrain.resilience.host import Plan
 from jaxtrain.resilience.policy import Shelf
 from jaxtrain.resilience.roster import Roster
+from jaxtrain.resilience.say import as_host
 from jaxtrain.resilience.slots import Moment
 
 PIECE_BYTES = 16 << 20
@@ -120,7 +120,7 @@ class Stock:
                 copies.bring(self._buddy)
             except OSError as error:  # it is tried again; meanwhile trainers go on with their own copies
                 if str(error) != said:
-                    print(f"[host] a snapshot is not copied: {error}", file=sys.stderr, flush=True)
+                    as_host(f"a snapshot is not copied: {error}")
                 said = str(error)
         copies.close()
 
@@ -275,7 +275,7 @@ class _Sender:
                 continue
             if answer.get(key) == value:
                 if answer["trouble"]:
-                    print(f"[host] {self.to} {refused}: {answer['trouble']}", file=sys.stderr, flush=True)
+                    as_host(f"{self.to} {refused}: {answer['trouble']}")
                 return not answer["trouble"]
         return False
 

@@ -17,7 +17,7 @@ from jaxtrain.resilience.node import Node
 from jaxtrain.resilience.policy import Shelf
 from jaxtrain.resilience.remotes import Deposed
 from jaxtrain.resilience.roster import Roster
-from jaxtrain.resilience.say import as_lead
+from jaxtrain.resilience.say import as_lead, flush
 from jaxtrain.resilience.stock import Stock
 from jaxtrain.resilience.tenure import Tenure
 from jaxtrain.resilience.vitals import Vitals
@@ -64,6 +64,7 @@ def supervise(
         tenure.close()
         node.close()
         host.close()
+        flush()
 
 
 def _ended(code: int, node: Node, tenure: Tenure) -> int:
