@@ -144,7 +144,7 @@ class Host:
             self._services.remove(row)
         if count and all(made_for != count for _, made_for, _ in self._services):
             port, quiet = _free_port(), self._env | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-            command = [*self._service, str(port), str(count)]
+            command = [*self._service, self.address, str(port), str(count)]
             self._services.append((port, count, Child(command, quiet, "[service] ", self._changed)))
 
     def ready(self) -> bool:

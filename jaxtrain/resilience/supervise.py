@@ -35,6 +35,7 @@ def supervise(
     snapshots: Shelf | None = None,
 ) -> int:
     """Until the job has ended: its exit code, the same on all hosts. `snapshots`: where this host's trainers keep them."""
+    host.address = roster.reach
     tenure = Tenure(run_dir, roster.name, roster.addresses[roster.index], watch.lease, changed)
     node = Node(roster, secret, tenure, changed, host.pids)
     stock = Stock(snapshots, roster, secret, node.hub.send)
