@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from meshes.place import constrain, current, free_axes, store
+from meshes.place import constrain, current, free_axes, platform, store
 from meshes.rules import axes_of
 
+BLOCK = 512  # rows: its products cost 512 / (12 D) of a layer's, and the scan has a few dozen turns
 
 def look_up(table_VD: Array, ids_BS: Array) -> Array:
     """-> rows_BSD, laid out as "BSD". The table comes as it is stored, and is gathered here."""
@@ -74,4 +75,31 @@ def _added_up(ids_BS, dx_BSD, shape, parts):
     first = lax.axis_index(parts) * shape[0] if parts else 0
     here = (ids_BS >= first) & (ids_BS < first + shape[0])
     place = jnp.where(here, ids_BS - first, shape[0])  # beyond the end, where nothing is added
-    return jnp.zeros(shape, jnp.float32).at[place].add(dx_BSD.astype(jnp.float32), mode="drop")[None]
+    add = block_by_block if platform() == "gpu" else _at_once
+    return add(jnp.zeros(shape, jnp.float32), place.reshape(-1), dx_BSD.reshape(-1, dx_BSD.shape[-1]))[None]
+
+
+def _at_once(table_VD, place_T, dx_TD):
+    return table_VD.at[place_T].add(dx_TD.astype(jnp.float32), mode="drop")
+
+
+def block_by_block(table_VD: Array, place_T: Array, dx_TD: Array) -> Array:
+    """table_VD with the rows of dx_TD added at place_T, always in one order; those beyond its end are left out.
+
+    A GPU's scatter adds equal rows by atomics, in any order, so that two runs would differ. Here a product with the
+    matrix of equal places adds up a block's equal rows first, and the scatter meets no place twice.
+    """
+    blocks = -(-place_T.size // BLOCK)
+    pad = blocks * BLOCK - place_T.size
+    place_MT = jnp.pad(place_T, (0, pad), constant_values=table_VD.shape[0]).reshape(blocks, BLOCK)
+    dx_MTD = jnp.pad(dx_TD, ((0, pad), (0, 0))).reshape(blocks, BLOCK, -1)
+
+    def add(table_VD, block):
+        place_T, dx_TD = block
+        equal_TT = place_T[:, None] == place_T[None]
+        sums_TD = jnp.dot(equal_TT.astype(dx_TD.dtype), dx_TD, precision="highest", preferred_element_type=jnp.float32)
+        again_T = jnp.argmax(equal_TT, axis=1) < jnp.arange(BLOCK)
+        once_T = jnp.where(again_T | (place_T >= len(table_VD)), len(table_VD) + jnp.arange(BLOCK), place_T)
+        return table_VD.at[once_T].add(sums_TD, mode="drop", unique_indices=True), None
+
+    return lax.scan(add, table_VD, (place_MT, dx_MTD))[0]

@@ -1,11 +1,12 @@
 """The gradient of a look-up: added up where the rows are, summed into the stored parts."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import meshes
-from meshes.lookup import look_up
+from meshes.lookup import BLOCK, block_by_block, look_up
 
 FP32 = 1e-6  # relative to the largest: sums of some tens of numbers, which lose less than a digit of seven
 
@@ -32,6 +33,18 @@ def test_a_look_up_and_its_gradient_equal_numpy(sizes):
     np.testing.assert_array_equal(x, table[ids])
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=FP32 * np.abs(expected).max())
     assert gradient.sharding.is_equivalent_to(meshes.sharding(mesh, "VD", meshes.DEFAULT.params), 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_added_block_by_block_equal_numpy_however_often_a_place_comes(dtype):
+    """As GPUs do it, whose scatter adds equal rows in any order; here the scatter is told that no place comes twice."""
+    rng = np.random.default_rng(0)
+    places = np.where(rng.random(3 * BLOCK - 7) < 0.5, 3, rng.integers(0, 70, 3 * BLOCK - 7))  # from 64 on beyond the end
+    dx, table = jnp.asarray(rng.normal(size=(places.size, 16)), dtype), rng.normal(size=(64, 16)).astype(np.float32)
+    expected = table.astype(np.float64)
+    np.add.at(expected, places[places < 64], np.asarray(dx, np.float64)[places < 64])
+    added = jax.jit(block_by_block)(table, places, dx)
+    np.testing.assert_allclose(added, expected, rtol=0, atol=FP32 * np.abs(expected).max())
 
 
 def test_a_look_up_without_a_layout_is_an_index():
