@@ -94,7 +94,8 @@ class Stock:
 
     def send(self, parts: Iterable[Part], to: str) -> bool:
         """Whether that host has them all when it returns; none is sent where all would be too much for it."""
-        parts = list(parts)
+        if not (parts := list(parts)):
+            return True
         with _Sender(self._roster, to, self._secret) as sender:
             return sender.offer(parts, Deadline(SEND_S)) and all(self._sent(sender, part) for part in parts)
 

@@ -28,7 +28,7 @@ CASES = 300
 STANDS = {"generation": 1, "running": 1, "term": 1}
 BEAT = Beat(3, 4, 1, 20, "step", time.monotonic(), "data 0", "", dict.fromkeys(PHASES, 2), dict.fromkeys(PHASES, 0.5))
 PLAN = Plan(generation=1, service="a:1", first=0, count=2, env={"JAXTRAIN_TERM": "1"}, argv=("--x", "1"), buddy=None)
-PART = ["h", 0, 20, 1, 2]
+PART = ["h", 0, 20, 1, 2, 4096]
 TO_LEAD = [
     {"ping": 1.5, "echo": 0.0, "term": 1},
     {"hello": {"instance": "1", "shape": "1 processes of 1 devices", "aside": False}, **STANDS},
