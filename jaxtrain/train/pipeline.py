@@ -197,6 +197,8 @@ class _Model:
         columns: dict[str, list[Array]] = {}
         for stack, places in zip(found, self.division.places, strict=True):
             for name, rows in stack.items():
+                # First whole, a few numbers a layer: where `replica` is manual, XLA aborts on a gather over `stage`.
+                rows = meshes.constrain(rows, "_" * rows.ndim)
                 in_order = rows if name == "objective" else rows.reshape(-1, *rows.shape[3:])[places]
                 columns.setdefault(name, []).append(in_order)
         objective = {"objective": sum(x.sum() for x in columns.pop("objective"))} if "objective" in columns else {}

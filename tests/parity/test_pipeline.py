@@ -13,9 +13,11 @@ from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.generate import generate
 from jaxtrain.layout import check_layout, num_microbatches
 from jaxtrain.train.pipeline import check, divide
+from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step, lowered
 from meshes import DEFAULT, ZERO1, Gathered, GPipe, Interleaved, OneFOneB, Ring, Ulysses, ZeroBubble
+from tests.parity.test_experts import MODELS
 from tests.parity.test_layouts import (
     CONFIG,
     MODEL,
@@ -147,6 +149,14 @@ def test_layers_lie_where_their_virtual_stage_is():
 
 def _compiled(config, **sizes):
     return lowered(_blueprint(config, **sizes)).compile()
+
+
+@pytest.mark.slow
+def test_what_experts_count_in_a_pipeline_compiles_where_replicas_train_apart():
+    """XLA's partitioner aborted the process on the rows of layers that are not in order."""
+    config = dataclasses.replace(CONFIG, model=MODELS["mla moe"], replicas=DiLoCo(every=2))
+    blueprint = _blueprint(config, replica=2, stage=2, fsdp=2)
+    check(lowered(blueprint).compile(), blueprint.mesh)
 
 
 @pytest.mark.parametrize(
