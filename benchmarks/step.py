@@ -71,7 +71,7 @@ def ours() -> Callable[[], Any]:
     data = open_dataset(
         config.data, seq_len=config.seq_len, batch=config.batch, seed=0, vocab_size=config.model.vocab_size, cache_dir="."
     )
-    batch = meshes.globalize(data.rows(0, np.arange(config.batch)), mesh, config.rules, config.batch)
+    batch = meshes.globalize(data.rows(0, np.arange(config.batch)), mesh, blueprint.rules, config.batch)
     stop = jax.device_put(np.zeros(mesh.devices.size, np.int32), meshes.per_device(mesh))
     return _repeated(train_step(blueprint), blueprint.init(), (batch, stop), "train/loss")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 import meshes
+from jaxtrain.train.pipeline import without_pipeline
 from jaxtrain.train.state import Blueprint
 
 
@@ -24,7 +24,8 @@ def generate(
     Token t is drawn with fold_in(key(seed), t); temperature 0 takes the most likely one. The whole text is computed
     anew for each token, so the cost grows with its square.
     """
-    rows, inside, between = (blueprint.rules.shards(letter, dict(blueprint.mesh.shape)) for letter in "BSR")
+    rules = without_pipeline(blueprint)
+    rows, inside, between = (rules.shards(letter, dict(blueprint.mesh.shape)) for letter in "BSR")
     columns = math.lcm(inside, between)
     length = -(-(max(map(len, prompts)) + tokens) // columns) * columns
     text_BS = np.zeros((-(-len(prompts) // rows) * rows, length), np.int32)
@@ -51,7 +52,7 @@ def _write(blueprint: Blueprint, temperature: float, seed: int, params: Any, tex
         next_B = jnp.where(t < starts_B, kept_B, chosen_B.astype(jnp.int32))
         return lax.dynamic_update_index_in_dim(text_BS, next_B, t, axis=1)
 
-    with meshes.use(blueprint.mesh, dataclasses.replace(blueprint.rules, pipeline=None)):
+    with meshes.use(blueprint.mesh, without_pipeline(blueprint)):
         # Layers stored over `stage` are moved to other dims: a scan over a sharded dim would gather them all.
         params = jax.tree.map(meshes.store, params, blueprint.letters.params)
         return lax.fori_loop(starts_B.min(), text_BS.shape[1], one, text_BS)

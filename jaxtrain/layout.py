@@ -88,8 +88,9 @@ def _check(config: RunConfig, sizes: Mapping[str, int]) -> None:
             rule="mesh.replica is 2 or more",
             fix="--replicas Together",
         )
-    config.model.check(sizes, config.seq_len, config.rules)
-    rows, columns = (config.rules.shards(letter, sizes) for letter in "BS")
+    rules = within_stages(config, sizes)
+    config.model.check(sizes, config.seq_len, rules)
+    rows, columns = (rules.shards(letter, sizes) for letter in "BS")
     if config.batch % (rows * config.accumulate):
         raise ConfigError(
             f"batch = {config.batch} does not divide over {rows} batch shards.",
@@ -118,7 +119,7 @@ def _check_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> None:
             rule="a permute waits for all devices that it names, also those of stages that do something else",
             fix="rules.matmul = 'whole'",
         )
-    count, stages, rows = num_microbatches(config, sizes), sizes["stage"], config.rules.shards("B", sizes)
+    count, stages, rows = num_microbatches(config, sizes), sizes["stage"], within_stages(config, sizes).shards("B", sizes)
     if count < stages:
         enough, more = config.batch % (rows * stages) == 0, round_up(config.batch, rows * stages)
         raise ConfigError(
@@ -144,15 +145,19 @@ def runs_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> bool:
 
 
 def within_stages(config: RunConfig, sizes: Mapping[str, int]) -> Rules:
-    """The config's rules; where a pipeline runs, a ring of keys over no power of two gives way to gathered ones.
+    """The config's rules; where a pipeline runs, `stage` is for it alone, and a ring of keys over no power of two gives
+    way to gathered ones.
 
     A permute waits for all devices that it names, also those of stages that are in another branch of the program; the
     exchanges of two that stand for it there need a hypercube.
     """
-    shards = config.rules.shards("S", sizes)
-    if not (runs_pipeline(config, sizes) and isinstance(config.rules.context, Ring)) or shards & (shards - 1) == 0:
+    if not runs_pipeline(config, sizes):
         return config.rules
-    return dataclasses.replace(config.rules, context=Gathered(zigzag=config.rules.context.zigzag))
+    rules = config.rules.staged
+    shards = rules.shards("S", sizes)
+    if not isinstance(rules.context, Ring) or shards & (shards - 1) == 0:
+        return rules
+    return dataclasses.replace(rules, context=Gathered(zigzag=rules.context.zigzag))
 
 
 def layers_per_stage(config: RunConfig, sizes: Mapping[str, int]) -> list[int]:
@@ -173,5 +178,5 @@ def num_microbatches(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """
     if config.accumulate > 1 or not runs_pipeline(config, sizes):
         return config.accumulate
-    per_shard = max(1, config.batch // config.rules.shards("B", sizes))
+    per_shard = max(1, config.batch // within_stages(config, sizes).shards("B", sizes))
     return max(count for count in range(1, 4 * sizes["stage"] + 1) if per_shard % count == 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from meshes.axes import AXES, LETTERS
@@ -171,7 +171,7 @@ class Rules:
     layout: "layer" or "step"; `reduce`, when the gradients of several microbatches are summed over the devices that
     hold copies: "step" or "microbatch"; `matmul`, when products of gathered or scattered activations are taken: "whole"
     or "ring". Where both maps agree nothing moves. `pipeline` runs layers over the axis `stage`, which then shards
-    nothing else in compute: `acts` is without it. Raises LayoutError on an unknown name.
+    nothing else in compute (`staged`); without one it is an axis like others. Raises LayoutError on an unknown name.
     `experts` is how tokens reach experts that axes keep apart.
     `context` is how attention reads a sequence that axes cut.
     """
@@ -189,8 +189,6 @@ class Rules:
         for side in ("params", "acts"):
             mapping = getattr(self, side)
             object.__setattr__(self, side, {letter: _checked(side, mapping, letter) for letter in mapping})
-        if self.pipeline is not None:
-            object.__setattr__(self, "acts", _without_stage(self.acts))
         for name, known in WAYS.items():
             if (way := getattr(self, name)) not in known:
                 raise LayoutError(f"rules.{name} = {way!r} is not known.", fix=closest(way, known))
@@ -215,6 +213,11 @@ class Rules:
         if self.pipeline is None or stages == 1 or "L" not in letters or shape[letters.index("L")] % stages:
             return self.params
         return self.within_stage | {"L": ("stage",)}
+
+    @property
+    def staged(self) -> Rules:
+        """These rules where the pipeline runs: `stage` shards nothing else in compute."""
+        return replace(self, acts=_without_stage(self.acts))
 
     @property
     def within_stage(self) -> Mapping[str, Axes]:
@@ -274,7 +277,7 @@ FSDP_TP = Rules(params=_map((*_BATCH, *_SEQUENCE), "DA") | _SPLIT, acts=_TENSOR)
 # over it goes to the stages' layers by one all-to-all.
 DEFAULT = Rules(
     params=_map(("fsdp", "expert", "context", "stage"), "DA") | _SPLIT | _map(("expert",), "E"),
-    acts=_TENSOR_SP | _map(("replica", "data", "fsdp", "context"), "C") | _map(("expert",), "E"),
+    acts=_TENSOR_SP | _map(("replica", "data", "stage", "fsdp", "context"), "C") | _map(("expert",), "E"),
     pipeline=Interleaved(),
 )
 

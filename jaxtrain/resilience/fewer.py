@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxtrain.config import RunConfig
 from jaxtrain.errors import UserError
-from jaxtrain.layout import check_layout
+from jaxtrain.layout import check_layout, within_stages
 from jaxtrain.resilience.buddies import buddy, groups
 
 
@@ -59,7 +59,7 @@ class Fits:
         return self._on_a_device(self._config, sizes)
 
     def _on_a_device(self, config: RunConfig, sizes: dict[str, int]) -> float:
-        return config.batch / (config.accumulate * config.rules.shards("B", sizes))
+        return config.batch / (config.accumulate * within_stages(config, sizes).shards("B", sizes))
 
 
 def local_gpus() -> int:

@@ -101,7 +101,7 @@ def recompute(
 
     mesh, state = blueprint.mesh, start.state
     flags = jax.jit(lambda: jnp.zeros(mesh.size, jnp.int32), out_shardings=meshes.per_device(mesh))()
-    with Loader(data, mesh, blueprint.config.rules, start.step, last) as batches:
+    with Loader(data, mesh, blueprint.rules, start.step, last) as batches:
         for index, batch in batches:
             state, metrics = step(state, batch, flags)
             seen(index + 1, metrics)

@@ -48,6 +48,6 @@ class Evaluator:
         return metrics | ({"eval/bits_per_byte": nll / math.log(2) / num_bytes} if num_bytes else {})
 
     def _batch(self, index: int) -> dict[str, Any]:
-        config, mesh = self._blueprint.config, self._blueprint.mesh
-        rows = meshes.local_rows(mesh, config.rules, config.batch)
-        return meshes.globalize(self.data.rows(index, rows), mesh, config.rules, config.batch)
+        batch, mesh, rules = self._blueprint.config.batch, self._blueprint.mesh, self._blueprint.rules
+        rows = meshes.local_rows(mesh, rules, batch)
+        return meshes.globalize(self.data.rows(index, rows), mesh, rules, batch)

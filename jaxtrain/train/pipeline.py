@@ -28,7 +28,7 @@ from jaxtrain.protocols import Extras, Model
 from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.state import Blueprint
 from meshes import Rules, pipeline
-from meshes.rules import Axes, axes_of
+from meshes.rules import Axes
 from meshes.simulator import Simulation, simulate
 
 Stacks = tuple[dict[str, Any], ...]
@@ -42,7 +42,7 @@ def describe(config: RunConfig, sizes: Mapping[str, int]) -> str:
         f"pipeline {config.rules.pipeline}: {simulation.table.num_microbatches} microbatches, layers {layers}; "
         f"{simulation.lockstep.bubble:.0%} of the time idle"
     )
-    gathers = within_stages(config, sizes) != config.rules
+    gathers = within_stages(config, sizes).context != config.rules.context
     return f"{line}; attention gathers keys, for within a stage a ring takes shards by powers of two" if gathers else line
 
 
@@ -66,14 +66,15 @@ def check(program: jax.stages.Compiled, mesh: Mesh) -> None:
 
 
 def unstaged(blueprint: Blueprint) -> Rules:
-    """The rules for what runs without the pipeline: `stage` shards the batch, where that divides, and storage."""
-    rules, batch = blueprint.rules, blueprint.config.batch
-    if rules.pipeline is None:
-        return rules
-    rows = (*axes_of(rules.acts, "B"), "stage")
-    flat = dataclasses.replace(rules, pipeline=None, acts=rules.acts | {"B": rows})
-    fits = batch % flat.shards("B", blueprint.mesh.shape) == 0
-    return flat if fits else dataclasses.replace(rules, pipeline=None)
+    """The rules for what runs without the pipeline: `stage` is an axis like others, where the batch divides."""
+    flat = without_pipeline(blueprint)
+    fits = blueprint.config.batch % flat.shards("B", blueprint.mesh.shape) == 0
+    return flat if fits else dataclasses.replace(blueprint.rules, pipeline=None)
+
+
+def without_pipeline(blueprint: Blueprint) -> Rules:
+    """The rules without the pipeline, `stage` being an axis like others."""
+    return dataclasses.replace(blueprint.rules, pipeline=None, acts=blueprint.config.rules.acts)
 
 
 def _simulation(config: RunConfig, sizes: Mapping[str, int]) -> Simulation:

@@ -215,7 +215,7 @@ def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
     with ExitStack() as stack:
         recorder = Recorder(config.sinks if opened.process.lead else (), config.run_dir, start.step, config.steps)
         stack.callback(recorder.close)
-        loader = Loader(data, opened.blueprint.mesh, config.rules, start.step, config.steps)
+        loader = Loader(data, opened.blueprint.mesh, opened.blueprint.rules, start.step, config.steps)
         stack.callback(loader.close)
 
         def evaluate(step: int, state: State) -> None:

@@ -108,7 +108,7 @@ def program(table: Table, layers: int, keep: str, objective: bool = False, **siz
     )
 
     def run(params, batch):
-        with meshes.use(mesh, DEFAULT):
+        with meshes.use(mesh, DEFAULT.staged):
             weights = (jax.tree.map(lambda w: w[index], params["layers"]),)
             ends = {"embed_VD": params["embed_VD"]}
             totals = gradients(mesh, simulate(table), work, ends, weights, batch, jnp.float32(SCALE))

@@ -157,7 +157,7 @@ def test_a_tree_of_letters_becomes_the_same_tree_of_shardings():
 
 def test_axes_of_size_one_are_left_out_of_shardings_and_kept_in_specs():
     mesh = meshes.make(MeshConfig(data=2, fsdp=4))
-    assert meshes.spec("BS", DEFAULT.acts) == P(("replica", "data", "fsdp", "expert"), "context")
+    assert meshes.spec("BS", DEFAULT.acts) == P(("replica", "data", "stage", "fsdp", "expert"), "context")
     assert meshes.sharding(mesh, "BS", DEFAULT.acts).spec == P(("data", "fsdp"), None)
 
 

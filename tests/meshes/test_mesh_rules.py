@@ -15,7 +15,6 @@ from meshes import AXES, PRESETS, LayoutError, MeshConfig, Rules
 
 ALL = tuple(AXES)
 BATCH = ("replica", "data", "stage", "fsdp", "expert")
-STAGED = ("replica", "data", "fsdp", "expert")  # the batch where a pipeline has `stage` for itself
 # What each preset promises, as axes that cut: stored D, stored F, the batch, the ffn, the residual stream's sequence.
 PROMISES = {
     "DP": ((), (), (*BATCH, "tensor"), (), ("context",)),
@@ -26,7 +25,7 @@ PROMISES = {
     "TP": ((), ("tensor",), BATCH, ("tensor",), ("context",)),
     "TP_SP": ((), ("tensor",), BATCH, ("tensor",), ("context", "tensor")),
     "FSDP_TP": ((*BATCH, "context"), ("tensor",), BATCH, ("tensor",), ("context",)),
-    "DEFAULT": (("stage", "fsdp", "expert", "context"), ("tensor",), STAGED, ("tensor",), ("context", "tensor")),
+    "DEFAULT": (("stage", "fsdp", "expert", "context"), ("tensor",), BATCH, ("tensor",), ("context", "tensor")),
 }
 MESHES = [
     MeshConfig(data=2, fsdp=2, tensor=2),
@@ -71,11 +70,16 @@ def test_the_axes_of_experts_are_theirs_alone_in_what_has_experts():
 @pytest.mark.parametrize("name", PRESETS)
 def test_no_axis_is_idle_in_any_preset(name):
     for axis in AXES:
-        if axis == "stage" and PRESETS[name].pipeline:
-            continue
         mesh = meshes.make(MeshConfig(**({"fsdp": 1} | {axis: 8})))
         cut = meshes.sharding(mesh, "BSF", PRESETS[name].acts).shard_shape((8, 8, 8))
         assert math.prod(cut) == 8**3 // 8, axis
+
+
+def test_stage_is_an_axis_of_the_batch_under_the_default_but_where_its_pipeline_runs():
+    sizes = dict(stage=2, fsdp=2)
+    assert dataclasses.replace(meshes.DEFAULT, pipeline=None).shards("B", sizes) == meshes.FSDP.shards("B", sizes) == 4
+    assert meshes.DEFAULT.staged.shards("B", sizes) == 2
+    assert meshes.DEFAULT.staged.params == meshes.DEFAULT.params
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,7 +12,7 @@ import meshes
 from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.generate import generate
 from jaxtrain.layout import check_layout, num_microbatches
-from jaxtrain.train.pipeline import check, divide
+from jaxtrain.train.pipeline import check, divide, unstaged
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step, lowered
@@ -93,12 +93,13 @@ def test_every_schedule_equals_one_device_with_layers_that_do_not_divide(pipelin
     [
         _with(TIED, GPipe()),
         pytest.param(_with(TIED, OneFOneB(), accumulate=2), marks=SLOW),
+        pytest.param(_with(CONFIG, None), marks=SLOW),
         _with(CONFIG, Interleaved(), rules=ZERO1),
         pytest.param(_with(CONFIG, Interleaved(), rules=meshes.HSDP), marks=SLOW),
         pytest.param(_with(CONFIG, Interleaved(), model=dataclasses.replace(MODEL, remat="full")), marks=SLOW),
         pytest.param(_with(CONFIG, Interleaved(), model=dataclasses.replace(MODEL, scan_layers=False)), marks=SLOW),
     ],
-    ids=["tied", "tied accumulated", "ZERO1", "HSDP", "remat", "unrolled"],
+    ids=["tied", "tied accumulated", "no pipeline", "ZERO1", "HSDP", "remat", "unrolled"],
 )
 def test_models_and_rules_in_a_pipeline_equal_one_device(config):
     _assert_equal_to_one_device(config, stage=2, fsdp=2)
@@ -120,6 +121,17 @@ def test_stages_store_their_layers_and_equal_parts_of_what_does_not_divide():
     assert shards(two).params["embed_VD"] == (64, 8)
     plain = _blueprint(CONFIG, fsdp=4)
     assert jax.tree.map(lambda x: x.shape, two.shapes) == jax.tree.map(lambda x: x.shape, plain.shapes)
+
+
+def test_without_a_pipeline_stage_cuts_the_batch():
+    """Under the default rules less their pipeline, as under the presets that have none."""
+    flat, sizes = _with(CONFIG, None), dict(stage=2, fsdp=2)
+    assert _blueprint(flat, **sizes).batch_sharding().shard_shape((8, 32)) == (2, 32)
+    staged = _blueprint(CONFIG, **sizes)
+    assert staged.batch_sharding().shard_shape((8, 32)) == (4, 32)
+    assert unstaged(staged).shards("B", sizes) == 4  # evaluation and text run without the pipeline
+    with pytest.raises(ConfigError, match="4 batch shards"):
+        check_layout(dataclasses.replace(flat, batch=6, mesh=meshes.MeshConfig(stage=2, fsdp=2)), 4)
 
 
 @pytest.mark.parametrize("batch", [CONFIG.batch, 6], ids=["batch divides", "batch does not"])
