@@ -246,12 +246,14 @@ class _Model:
         return meshes.store(w, lead + letters, mapping)
 
     def _spread(self, w: Array, name: str, stack: int) -> Array:
-        """Of L layers -> (stages, chunks, rows, ...). Layers that change their stage go by way of the other dims."""
+        """Of L layers -> (stages, chunks, rows, ...). Layers that change their stage go by way of the other dims, and are
+        gathered within it afterwards: in one go each device would gather those of all stages."""
         rows = self.division.rows[stack]
         if self.division.in_order(stack):
             w = w.reshape(*rows.shape, *w.shape[1:])
         else:
             w = self._lay(self._lay(w, name, self._rules.params)[rows], name, self._rules.params)
+            w = self._lay(w, name, self._rules.within_stage | {"P": ("stage",)}, first="P")
         return self._lay(w, name, self._within_stage | {"P": ("stage",)}, first="P")
 
     def _gathered(self, w: Array, name: str, stack: int) -> Array:

@@ -94,15 +94,16 @@ def test_every_schedule_equals_one_device_with_layers_that_do_not_divide(pipelin
         _with(TIED, GPipe()),
         pytest.param(_with(TIED, OneFOneB(), accumulate=2), marks=SLOW),
         pytest.param(_with(CONFIG, None), marks=SLOW),
-        _with(CONFIG, Interleaved(), rules=ZERO1),
+        _with(FIVE, Interleaved(), rules=ZERO1),
         pytest.param(_with(CONFIG, Interleaved(), rules=meshes.HSDP), marks=SLOW),
         pytest.param(_with(CONFIG, Interleaved(), model=dataclasses.replace(MODEL, remat="full")), marks=SLOW),
         pytest.param(_with(CONFIG, Interleaved(), model=dataclasses.replace(MODEL, scan_layers=False)), marks=SLOW),
     ],
     ids=["tied", "tied accumulated", "no pipeline", "ZERO1", "HSDP", "remat", "unrolled"],
 )
-def test_models_and_rules_in_a_pipeline_equal_one_device(config):
+def test_models_and_rules_in_a_pipeline_equal_one_device(config, capfd):
     _assert_equal_to_one_device(config, stage=2, fsdp=2)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
 def _blueprint(config, **sizes):
