@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from meshes.place import current
 from meshes.schedules import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, IDLE
 from meshes.simulator import Simulation
 
@@ -152,6 +153,13 @@ def gradients(
 
     totals = run(cells, weights, ends, batch, scale)
     return Totals(totals.sums, *jax.tree.map(lambda x: x.sum(1), totals[1:]))
+
+
+def in_stage() -> bool:
+    """Whether what is traced here runs within a stage: then weights that are not given as they came are kept, copied."""
+    layout = current()
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return layout is not None and layout.rules.pipeline is not None and "stage" in manual
 
 
 def _cells(simulation: Simulation, kinds: Sequence[int], shape_of: Sequence[int]) -> _Cell:

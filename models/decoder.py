@@ -12,6 +12,7 @@ from jax import checkpoint_policies as policies
 from meshes import constrain, overlap
 from meshes.context import columns
 from meshes.lookup import look_up
+from meshes.pipeline import in_stage
 from models.draw import normals
 from models.kernels import attend
 from models.family import Dense, Grouped, Stack
@@ -105,9 +106,11 @@ class Decoder(nnx.Module):
 
     def _layers(self, layer, x_BRD, weights):
         cfg = self.config
+        # A stage keeps the residuals of each microbatch: of a scan all but the weights, else a copy of every layer's too.
+        scan = cfg.scan_layers or in_stage()
         if cfg.remat != "none":
-            layer = jax.checkpoint(layer, policy=POLICIES[cfg.remat], prevent_cse=not cfg.scan_layers)
-        if cfg.scan_layers:
+            layer = jax.checkpoint(layer, policy=POLICIES[cfg.remat], prevent_cse=not scan)
+        if scan:
             with in_loop():
                 return jax.lax.scan(layer, x_BRD, weights)
         unstacked = {name: jnp.unstack(w) for name, w in weights.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtrain.train.pipeline import check, divide, unstaged
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step, lowered
-from meshes import DEFAULT, ZERO1, Gathered, GPipe, Interleaved, OneFOneB, Ring, Ulysses, ZeroBubble
+from meshes import DEFAULT, ZERO1, Gathered, GPipe, Interleaved, OneFOneB, Ring, Ulysses, ZeroBubble, pipeline
 from tests.parity.test_experts import MODELS
 from tests.parity.test_layouts import (
     CONFIG,
@@ -198,6 +199,23 @@ def test_memory_of_a_training_step_does_not_grow_with_microbatches():
 
     assert memory(OneFOneB(), 32) <= 1.2 * memory(OneFOneB(), 8)
     assert memory(GPipe(), 32) > 2 * memory(GPipe(), 8)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_that_are_not_scanned_keep_no_more_in_a_stage(remat, monkeypatch):
+    """Not a copy of their weights for each microbatch."""
+    kept, init = [], pipeline._Layout.__init__
+
+    def seen(layout, pulls):
+        init(layout, pulls)
+        kept.append(sum(x.size * x.dtype.itemsize for x in jax.eval_shape(partial(layout.zeros, 1))))
+
+    monkeypatch.setattr(pipeline._Layout, "__init__", seen)
+    for scan_layers in (True, False):
+        model = dataclasses.replace(MODEL, num_layers=4, remat=remat, scan_layers=scan_layers)
+        lowered(_blueprint(dataclasses.replace(CONFIG, model=model), stage=2))
+    scanned, unrolled = kept
+    assert 0 < unrolled <= scanned
 
 
 @pytest.mark.parametrize(
