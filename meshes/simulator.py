@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meshes.errors import LayoutError
-from meshes.schedules import IDLE, MAKES, NAMES, NEVER, Table, mark, needs, spell
+from meshes.schedules import BACKWARD_WEIGHT, IDLE, MAKES, NAMES, NEVER, Table, mark, needs, spell
 
 LETTERS = ".FBbw"  # by kind; B is b and w in one
 
@@ -28,6 +28,16 @@ class Costs:
     def by_kind(self) -> np.ndarray:
         halves = self.backward_input, self.backward_weight
         return np.array([0, self.forward, sum(halves), *halves])
+
+
+def executed(table: Table, keep: str = "residuals") -> Costs:
+    """What actions cost as `meshes.pipeline` runs them, where a forward and each half of a backward take 1 by themselves.
+
+    Where only inputs are kept (`meshes.rules.KEEPS`), whatever goes back runs the forward again; and the second half of
+    a backward runs the first again. What layers rematerialise by themselves is not in it.
+    """
+    again, apart = int(keep == "inputs"), bool((table.kind == BACKWARD_WEIGHT).any())
+    return Costs(backward_input=1 + again, backward_weight=2 + again if apart else 1)
 
 
 class Timing(NamedTuple):

@@ -29,7 +29,7 @@ from jaxtrain.train.loss import Sums, cross_entropy
 from jaxtrain.train.state import Blueprint
 from meshes import Rules, pipeline
 from meshes.rules import Axes
-from meshes.simulator import Simulation, simulate
+from meshes.simulator import Simulation, executed, simulate
 
 Stacks = tuple[dict[str, Any], ...]
 
@@ -78,7 +78,8 @@ def without_pipeline(blueprint: Blueprint) -> Rules:
 
 
 def _simulation(config: RunConfig, sizes: Mapping[str, int]) -> Simulation:
-    return simulate(config.rules.pipeline.table(sizes["stage"], num_microbatches(config, sizes)))
+    table = config.rules.pipeline.table(sizes["stage"], num_microbatches(config, sizes))
+    return simulate(table, executed(table, config.rules.pipeline.keep))
 
 
 def gradients(blueprint: Blueprint, params: Any, batch: dict[str, Array]) -> tuple[tuple[Sums, Extras], Any]:

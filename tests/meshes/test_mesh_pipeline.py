@@ -13,8 +13,8 @@ import pytest
 import meshes
 from meshes import DEFAULT, MeshConfig
 from meshes.pipeline import Work, gradients
-from meshes.schedules import Table, divide, gpipe, interleaved, one_f_one_b, zero_bubble
-from meshes.simulator import simulate
+from meshes.schedules import BACKWARD, BACKWARD_INPUT, Table, divide, gpipe, interleaved, one_f_one_b, zero_bubble
+from meshes.simulator import executed, simulate
 
 # Relative to the largest entry: fp32 keeps 7 digits, and sums over microbatches in another order lose one.
 REORDERED = 1e-6
@@ -213,11 +213,26 @@ def called(name: str, bodies: dict[str, str]) -> str:
     return "\n".join(seen.values())
 
 
+def actions_of(bodies: dict[str, str]) -> list[str]:
+    """The names of what a tick chooses from, in the order of their kinds."""
+    switches = re.findall(r"conditional\(.*?branch_computations=\{(.*?)\}", "\n".join(bodies.values()))
+    return max((switch.split(", ") for switch in switches), key=len)
+
+
+@pytest.mark.parametrize("keep", ["residuals", "inputs"])
+@pytest.mark.parametrize("make", [one_f_one_b, zero_bubble])
+def test_actions_cost_what_the_simulator_says(make, keep):
+    """In products: a layer has two, the loss one and one for each of its gradients."""
+    bodies, table = computations(compiled(make, 8, keep).as_text()), make(4, 8)
+    for kind, action in zip(np.unique(table.kind), actions_of(bodies), strict=True):
+        products = len(re.findall(r"\bdot\(", called(action, bodies)))
+        assert products == 2 * executed(table, keep).by_kind[kind] + 3 * (kind in (BACKWARD, BACKWARD_INPUT))
+
+
 @pytest.mark.parametrize("make", [one_f_one_b, zero_bubble])
 def test_the_program_takes_the_simulators_ticks_and_an_idle_one_computes_nothing(make):
     bodies = computations(compiled(make, 8, "residuals").as_text())
-    switches = re.findall(r"conditional\(.*?branch_computations=\{(.*?)\}", "\n".join(bodies.values()))
-    branches = max((switch.split(", ") for switch in switches), key=len)
+    branches = actions_of(bodies)
     kinds = len(np.unique(make(4, 8).kind))
     assert len(branches) == kinds
     idle, *actions = [called(branch, bodies) for branch in branches]

@@ -13,7 +13,7 @@ import meshes
 from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.generate import generate
 from jaxtrain.layout import check_layout, num_microbatches
-from jaxtrain.train.pipeline import check, divide, unstaged
+from jaxtrain.train.pipeline import check, describe, divide, unstaged
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step, lowered
@@ -242,6 +242,14 @@ def test_microbatches_are_chosen_where_the_config_leaves_them():
     assert num_microbatches(dataclasses.replace(CONFIG, accumulate=4), dict(stage=2)) == 4
     assert num_microbatches(dataclasses.replace(CONFIG, batch=100), dict(stage=2)) == 5
     assert num_microbatches(CONFIG, dict(fsdp=4)) == 1
+
+
+def test_a_run_says_how_long_its_stages_idle_as_it_is_run():
+    """1F1B of 8 microbatches on 2 stages: 2 ticks of a forward, 16 of a backward, that has its forward in it."""
+    one = 1 - 8 * (1 + 2) / (2 * 1 + 16 * 2)
+    again = 1 - 8 * (1 + 3) / (2 * 1 + 16 * 3)
+    assert f"{one:.0%} of the time idle" in describe(_with(CONFIG, OneFOneB()), dict(stage=2))
+    assert f"{again:.0%} of the time idle" in describe(_with(CONFIG, OneFOneB(keep="inputs")), dict(stage=2))
 
 
 def test_a_pipeline_that_would_hang_is_refused_before_it_runs():
