@@ -37,6 +37,7 @@ from jaxtrain.resilience.replay import recompute
 from jaxtrain.resilience.rollback import Start, roll_back
 from jaxtrain.resilience.snapshots import Snapshots
 from jaxtrain.resilience.verified import Verified
+from jaxtrain.train.choices import chosen
 from jaxtrain.train.evaluate import Evaluator, open_data
 from jaxtrain.train.loop import Loop, Rewound, Unequal
 from jaxtrain.train.pipeline import describe
@@ -310,6 +311,7 @@ def _notes(config: RunConfig, mesh: Mesh, opened: _Opened, start: Start) -> Iter
         yield start.why
     if runs_pipeline(config, mesh.shape):
         yield describe(config, mesh.shape)
+    yield from chosen(opened.blueprint)
     if opened.copies and opened.copies.num_alone:
         compared, alone = len(opened.copies.shapes), opened.copies.num_alone
         yield f"copies are compared of {compared} of {compared + alone} arrays; this mesh holds the others once"

@@ -170,6 +170,7 @@ def test_two_processes_train_what_one_process_trains_on_as_many_devices(place):
     flags = ("--steps", "30", "--mesh.tensor", "2")
     code, out = _finish(_start(place, "one", "--fake-devices", "4", *flags))
     assert code == 0, out
+    assert "\ntensor 2: cuts F N K V, and the sequence between blocks" in out  # what the axis is given to do is said
     launch = ("launch", "--processes", "2", "--devices-per-process", "2")
     code, out = _finish(_start(place, "two", *flags, verb=launch))
     assert code == 0, out
