@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshes import constrain, overlap, platform
+from meshes import axis_size, constrain, overlap, platform
 
 if TYPE_CHECKING:
     from models.family import RopeScaling
@@ -83,10 +83,12 @@ def rotate(x_BSNH: jax.Array, cos_BSH: jax.Array, sin_BSH: jax.Array) -> jax.Arr
 def together(x_BSD: jax.Array, *weights_DNH: jax.Array, groups: int) -> list[jax.Array]:
     """x_BSD times each weight -> BSNH each, N of its own for each; `groups` divides every N.
 
-    On CPU as one product, which saves 2-8 % of a layer; joined group by group, so that a sharded N stays where it is.
+    On CPU as one product, which saves 2-8 % of a layer; joined group by group, so that a sharded N stays where it is:
+    heads of which only some are cut (K whole, N not) are apart, as one array of both would be exchanged to be cut.
     On GPU apart: the gradient of joined weights is all-reduced whole, where that of each alone is reduce-scattered.
     """
-    if platform() != "cpu":
+    heads = max(w.shape[1] for w in weights_DNH) > 1
+    if platform() != "cpu" or (heads and axis_size("N") != axis_size("K")):
         return [jnp.einsum("BSD,DNH->BSNH", x_BSD, w) for w in weights_DNH]
     weights_DKCH = [w.reshape(w.shape[0], groups, -1, w.shape[2]) for w in weights_DNH]
     joined = jnp.einsum("BSD,DKCH->BSKCH", x_BSD, jnp.concatenate(weights_DKCH, axis=2))

@@ -16,6 +16,7 @@ import meshes
 from jaxtrain.observe.hlo import collectives
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import lowered
+from meshes import DEFAULT
 from models.llama import Config
 from tests.parity.test_experts import MODELS
 from tests.tiny import TINY
@@ -37,14 +38,21 @@ LAYOUTS = [
     "expert4 fsdp2",
     "expert4 context2",
     "expert2 fsdp2 stage2",
+    "mqa tensor4",
+    "mqa tensor2 stage2",
 ]
+# Another model than DENSE, by the first word; one key head is too few to be cut, and stays whole.
+NAMED = {"mqa": dataclasses.replace(DENSE, num_kv_heads=1), "moe": MODELS["moe"]}
+WHOLE_KEYS = dataclasses.replace(DEFAULT, params=DEFAULT.params | {"K": None}, acts=DEFAULT.acts | {"K": None})
 
 
 def measured(layout, devices):
-    """Of a dense model; of a mixture where the layout has experts."""
-    sizes = {part[:-1]: int(part[-1]) for part in layout.split()}
-    mesh = meshes.MeshConfig(**({"fsdp": 1} | sizes))
-    config = dataclasses.replace(TINY, model=MODELS["moe"] if "expert" in sizes else DENSE, mesh=mesh)
+    """Of a dense model, or of the one that the layout names; of a mixture where it has experts."""
+    words = layout.split()
+    name = words.pop(0) if words[0] in NAMED else "moe" if "expert" in layout else ""
+    sizes = {part[:-1]: int(part[-1]) for part in words}
+    mesh, rules = meshes.MeshConfig(**({"fsdp": 1} | sizes)), WHOLE_KEYS if name == "mqa" else DEFAULT
+    config = dataclasses.replace(TINY, model=NAMED.get(name, DENSE), mesh=mesh, rules=rules)
     blueprint = Blueprint(config, meshes.make(mesh, devices[: int(np.prod(list(sizes.values())))]))
     found = collectives(lowered(blueprint).compile().as_text(), blueprint.mesh)
     return [one for one in found if one.bytes >= SMALL and one.axes]

@@ -8,8 +8,13 @@ import dataclasses
 import jax
 import pytest
 
+from jaxtrain.train import pipeline
+from jaxtrain.train.state import Blueprint
+from jaxtrain.train.step import lowered
+from meshes import DEFAULT, MeshConfig, make
 from models.llama import Config
 from tests.parity import test_experts as mixtures
+from tests.parity.programs import WHOLE_KEYS
 from tests.parity.test_experts import _assert_equal_metrics, _assert_same_way, _config, _run
 from tests.parity.test_layouts import REORDERED, _assert_close, _assert_same_sharding, _gradients
 
@@ -61,12 +66,29 @@ def test_the_rows_that_always_run_are_in_the_table():
 
 @pytest.mark.parametrize(("model", "layout"), ROWS)
 def test_a_model_on_a_layout_trains_as_on_one_device(model, layout, capfd):
-    sizes = {part[:-1]: int(part[-1]) for part in layout.split()}
-    config = dataclasses.replace(_config("moe"), model=MODELS[model])
-    metrics, states, placed = _run(config, 3, **sizes)
-    expected_metrics, expected = mixtures._one_device(config)
+    _assert_trains_as_on_one_device(dataclasses.replace(_config("moe"), model=MODELS[model]), layout)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key_heads", "layout"), [(1, "tensor2 stage2"), (2, "tensor4 stage2")])
+def test_key_heads_too_few_to_be_cut_stay_whole_and_train_as_on_one_device(key_heads, layout):
+    config = dataclasses.replace(_config("moe", rules=WHOLE_KEYS), model=dataclasses.replace(DENSE, num_kv_heads=key_heads))
+    _assert_trains_as_on_one_device(config, layout)
+
+
+def test_whole_key_heads_are_not_exchanged_within_a_stage():
+    """One product of query and key heads of which only the ones are cut would be: a pipeline would hang there on CPUs."""
+    config = dataclasses.replace(_config("moe", rules=WHOLE_KEYS), model=dataclasses.replace(DENSE, num_kv_heads=1))
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=1, tensor=2, stage=2))
+    blueprint = Blueprint(config, make(config.mesh, jax.devices()[:4]))
+    pipeline.check(lowered(blueprint).compile(), blueprint.mesh)
+
+
+def _assert_trains_as_on_one_device(config, layout):
+    metrics, states, placed = _run(config, 3, **{part[:-1]: int(part[-1]) for part in layout.split()})
+    expected_metrics, expected = mixtures._one_device(dataclasses.replace(config, rules=DEFAULT))
     _assert_equal_metrics(metrics, expected_metrics)
     _assert_close(_gradients(states[0]), _gradients(expected[0]), REORDERED)
     jax.tree_util.tree_map_with_path(_assert_same_way, states[0].params, states[2].params, expected[2].params)
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err
     jax.tree.map(_assert_same_sharding, placed.opt[0].mu, placed.params)
