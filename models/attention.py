@@ -22,7 +22,7 @@ class Site:
     platform: str  # "gpu", "cpu", "tpu"
     dtype: str
     seq_len: int
-    head_dim: int
+    head_dim: int  # of queries and keys, or of values where those are wider
     packed: bool  # several documents in a row
     shards: int = 1  # of the sequence that the kernel is given
 

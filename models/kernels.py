@@ -19,12 +19,12 @@ def attend(wanted: Attention, q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.
     """
     if context.exchanges():
         return context.exchanged(partial(attend, wanted), q_BSNH, k_BSKH, v_BSKH, segments_BS)
-    _, seq_len, _, head_dim = q_BSNH.shape
+    seq_len = q_BSNH.shape[1]
     site = Site(
         platform=platform(),
         dtype=q_BSNH.dtype.name,
         seq_len=seq_len,
-        head_dim=head_dim,
+        head_dim=max(q_BSNH.shape[-1], v_BSKH.shape[-1]),
         packed=segments_BS is not None,
         shards=axis_size("S"),
     )
@@ -43,12 +43,12 @@ def cudnn(q_BSNH, k_BSKH, v_BSKH, segments_BS) -> jax.Array:
     mask = None
     if segments_BS is not None:
         mask = constrain(segments_BS[:, None, :, None] == segments_BS[:, None, None, :], "B___")
-    narrower = q_BSNH.shape[-1] - v_BSKH.shape[-1]  # latent attention's values; the kernel wants one width
-    padded_BSKH = jnp.pad(v_BSKH, [(0, 0)] * 3 + [(0, narrower)])
+    widths = q_BSNH.shape[-1], v_BSKH.shape[-1]  # two in latent attention; the kernel wants one
+    padded = [jnp.pad(x, [(0, 0)] * 3 + [(0, max(widths) - x.shape[-1])]) for x in (q_BSNH, k_BSKH, v_BSKH)]
     o_BSNH = jax.nn.dot_product_attention(
-        q_BSNH, k_BSKH, padded_BSKH, mask=mask, is_causal=True, implementation="cudnn"
+        *padded, mask=mask, scale=_scale(k_BSKH), is_causal=True, implementation="cudnn"
     )
-    return o_BSNH[..., : v_BSKH.shape[-1]]
+    return o_BSNH[..., : widths[1]]
 
 
 def chunked(q_BSNH, k_BSKH, v_BSKH, segments_BS, chunk: int) -> jax.Array:

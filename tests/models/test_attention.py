@@ -10,7 +10,7 @@ import pytest
 import models.attention
 from meshes import DEFAULT, Gathered, LayoutError, Ring, Ulysses
 from models.attention import Auto, Chunked, CuDNN, Dense, Site, Tiled, check_cut, choose
-from models.kernels import attend
+from models.kernels import attend, cudnn
 from tests.models import reference
 
 GPU = Site(platform="gpu", dtype="bfloat16", seq_len=8192, head_dim=128, packed=False)
@@ -185,11 +185,27 @@ def test_what_can_run_over_a_cut_sequence_is_not_refused(rules, wanted, change):
     check_cut(wanted, dataclasses.replace(DEFAULT, context=rules), **(CUT | change))
 
 
+@pytest.mark.parametrize("width", [4, 8, 12])
+def test_values_narrower_or_wider_than_keys_are_brought_to_one_width_for_cudnn(width, monkeypatch):
+    q, k, _, segments = _arrays()
+    v, widths = _arrays(H=width)[2], []
+    plain = jax.nn.dot_product_attention
+
+    def kernel(q, k, v, implementation, **options):
+        widths.append({x.shape[-1] for x in (q, k, v)})
+        return plain(q, k, v, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    out = cudnn(q, k, v, segments)
+    np.testing.assert_allclose(out, attend(Dense(), q, k, v, segments), rtol=0, atol=FP32)
+    assert widths == [{max(8, width)}]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("packed", [False, True])
-def test_cudnn_equals_dense_on_a_gpu(packed):
-    q, k, v, segments = (x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for x in _arrays(N=8, K=2, S=256, H=64))
-    segments = segments if packed else None
+@pytest.mark.parametrize(("packed", "width"), [(False, 64), (True, 64), (False, 128)])
+def test_cudnn_equals_dense_on_a_gpu(packed, width):
+    q, k, _, segments = (x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for x in _arrays(N=8, K=2, S=256, H=64))
+    v, segments = _arrays(K=2, S=256, H=width)[2].astype(jnp.bfloat16), segments if packed else None
 
     def run(way):
         total = lambda *x: attend(way, *x, segments).astype(jnp.float32).sum()  # noqa: E731
