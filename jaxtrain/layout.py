@@ -18,25 +18,26 @@ from meshes.axes import AXES
 TRIED = 2000  # meshes, from the closest on, before none is named: 0.2 s
 
 
-def check_layout(config: RunConfig, num_devices: int) -> dict[str, int]:
+def check_layout(config: RunConfig, num_devices: int, platform: str = "") -> dict[str, int]:
     """The mesh's sizes on this many devices, if batch, sequence and model fit them.
 
-    Raises ConfigError or LayoutError, whose fix names the closest mesh that works.
+    `platform`: the devices', where it is known; then what is required and cannot run there is refused too. Raises ConfigError or LayoutError, whose fix names the closest mesh that works.
     """
     try:
         sizes = config.mesh.sizes(num_devices)
     except LayoutError as error:
         more = math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
         other = [f"{more} devices (--fake-devices {more} on CPUs)"] if more > num_devices else []
-        raise _with_fix(error, [*_closest(config, num_devices), *other] or [error.fix]) from None
+        raise _with_fix(error, [*_closest(config, num_devices, platform), *other] or [error.fix]) from None
     try:
-        _check(config, sizes)
+        _check(config, sizes, platform)
     except UserError as error:
-        raise _with_fix(error, [*([error.fix] if error.fix else []), *_closest(config, num_devices)]) from None
+        fixes = [*([error.fix] if error.fix else []), *_closest(config, num_devices, platform)]
+        raise _with_fix(error, fixes) from None
     return sizes
 
 
-def closest_mesh(config: RunConfig, num_devices: int) -> dict[str, int] | None:
+def closest_mesh(config: RunConfig, num_devices: int, platform: str = "") -> dict[str, int] | None:
     """Of the meshes over all devices on which the config runs the one nearest to its own; None where no near one is.
 
     Near is by factors of two; an axis at -1 may take any size, and what is left over goes to `data` before others.
@@ -49,16 +50,16 @@ def closest_mesh(config: RunConfig, num_devices: int) -> dict[str, int] | None:
 
     for sizes in sorted(_fillings(num_devices, tuple(AXES)), key=far)[:TRIED]:
         try:
-            _check(config, sizes)
+            _check(config, sizes, platform)
         except UserError:
             continue
         return sizes
     return None
 
 
-def _closest(config: RunConfig, num_devices: int) -> list[str]:
+def _closest(config: RunConfig, num_devices: int, platform: str) -> list[str]:
     """The closest mesh as flags, or nothing."""
-    sizes = closest_mesh(config, num_devices)
+    sizes = closest_mesh(config, num_devices, platform)
     if sizes is None:
         return []
     flags = [f"--mesh.{axis} {size}" for axis, size in sizes.items() if getattr(config.mesh, axis) not in (-1, size)]
@@ -79,7 +80,7 @@ def _with_fix(error: UserError, fixes: list[str]) -> UserError:
     return type(error)(error.what, got=error.got, rule=error.rule, fix=", or ".join(fixes))
 
 
-def _check(config: RunConfig, sizes: Mapping[str, int]) -> None:
+def _check(config: RunConfig, sizes: Mapping[str, int], platform: str) -> None:
     """Raises ConfigError or LayoutError where the config does not run on a mesh of these sizes."""
     if isinstance(config.replicas, DiLoCo) and sizes["replica"] == 1:
         raise ConfigError(
@@ -89,7 +90,7 @@ def _check(config: RunConfig, sizes: Mapping[str, int]) -> None:
             fix="--replicas Together",
         )
     rules = within_stages(config, sizes)
-    config.model.check(sizes, config.seq_len, rules)
+    config.model.check(sizes, config.seq_len, rules, platform)
     rows, columns = (rules.shards(letter, sizes) for letter in "BS")
     if config.batch % (rows * config.accumulate):
         raise ConfigError(

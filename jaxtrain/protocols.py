@@ -82,5 +82,6 @@ class ModelConfig(Protocol):
     def layer_flops(self, seq_len: int) -> tuple[list[float], float]:
         """FLOPs per token as above, of each layer in order and of the unembedding: what a pipeline divides."""
 
-    def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules) -> None:
-        """Raises LayoutError where this model, at this length, cannot be laid out by `rules` over axes of these sizes."""
+    def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules, platform: str = "") -> None:
+        """Raises LayoutError where this model, at this length, cannot be laid out by `rules` over axes of these sizes, nor
+        run as it requires on devices of this platform ("": unknown)."""

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     from jaxtrain.layout import check_layout
     from jaxtrain.train.state import Blueprint
 
-    check_layout(config, len(runtime.devices()))
+    check_layout(config, len(runtime.devices()), runtime.devices()[0].platform)
     blueprint = Blueprint(config, meshes.make(config.mesh, runtime.devices()))
     params = checkpoint.restore(config.run_dir, blueprint.abstract, only="params")
     tokenizer = tokenizer_of(config.data)

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from meshes.context import columns
-from meshes.errors import LayoutError
+from meshes.fit import check_exchange, check_experts
 from meshes.place import Layout, constrain, current, platform
 from meshes.rules import Capacity, Ragged, axes_of
 
@@ -97,24 +97,13 @@ def _axes(layout: Layout, letter: str) -> tuple[str, ...]:
 def _place(layout: Layout) -> Place:
     acts = layout.rules.acts
     over, batch, sequence, width = (_axes(layout, letter) for letter in "EBSF")
-    if len(over) > 1 or not set(over) <= {*batch, *sequence}:
-        raise LayoutError(
-            f"experts cannot be on {' x '.join(over)}.",
-            got=f"E -> {axes_of(acts, 'E')}, B -> {axes_of(acts, 'B')}, S -> {axes_of(acts, 'S')}",
-            rule="one mesh axis holds the experts, and tokens (B or S) are on it too, to be exchanged over it",
-            fix="acts: E on expert, and expert among the axes of B, as in DEFAULT",
-        )
+    check_experts(acts, over, batch + sequence)
     scattered = bool(width) and _axes(layout, "R") == sequence + width
     return Place(over, batch, sequence, width, scattered)
 
 
 def _announce(way: Ragged | Capacity, place: Place) -> None:
-    if place.experts and isinstance(way, Ragged) and platform() != "gpu":
-        reason = f"ragged_all_to_all runs on GPUs, and these devices are {platform()}"
-        if way.require:
-            raise LayoutError(
-                f"experts = Ragged is required and cannot run: {reason}.", fix="Ragged(require=False) or Capacity()"
-            )
+    if place.experts and (reason := check_exchange(way, platform())):
         _say(f"experts: {reason}: an all-to-all padded to the worst case instead")
 
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from meshes.axes import AXES, LETTERS, NAMELESS
-from meshes.errors import LayoutError, closest
-from meshes.rules import Axes, Letters, Rules, axes_of, dims_of
+from meshes.errors import LayoutError
+from meshes.fit import check_axes, check_letters, check_shape
+from meshes.rules import Axes, Letters, Rules, dims_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def current() -> Layout | None:
 
 def spec(letters: Letters, mapping: Mapping[str, Axes]) -> PartitionSpec:
     """"BSF" -> PartitionSpec with the axes of each letter, of sizes 1 too. Raises LayoutError as `check` does."""
-    _check_letters(letters, mapping, "an array")
+    check_letters(letters, mapping, "an array")
     return _spec(letters, mapping, keep=lambda axis: True)
 
 
@@ -56,8 +56,8 @@ def _spec(letters: Letters, mapping: Mapping[str, Axes], keep: Any) -> Partition
 
 def sharding(mesh: Mesh, letters: Letters, mapping: Mapping[str, Axes]) -> NamedSharding:
     """"BSF" -> its sharding on `mesh`; axes that the mesh lacks, or has at size 1, are left out of the spec."""
-    _check_letters(letters, mapping, "an array")
-    _check_axes(mesh, mapping, letters)
+    check_letters(letters, mapping, "an array")
+    check_axes(mesh.shape, mapping, letters)
     return NamedSharding(mesh, _spec(letters, mapping, keep=lambda axis: mesh.shape.get(axis, 1) > 1))
 
 
@@ -73,50 +73,9 @@ def per_device(mesh: Mesh) -> NamedSharding:
 
 def check(mesh: Mesh, mapping: Mapping[str, Axes], letters: Letters, shape: tuple[int, ...], name: str) -> None:
     """Raises LayoutError where an array `name` of this shape cannot be laid out by these letters."""
-    _check_letters(letters, mapping, name)
-    _check_axes(mesh, mapping, letters)
-    _check_shape(mesh.shape, mapping, letters, shape, name)
-
-
-def _check_letters(letters: Letters, mapping: Mapping[str, Axes], name: str) -> None:
-    owner: dict[str, str] = {}
-    for letter, axes in zip(letters, dims_of(mapping, letters)):
-        if letter != NAMELESS and letter not in LETTERS:
-            fix = closest(letter, (*LETTERS, NAMELESS))
-            raise LayoutError(f"{name} {letters!r}: {letter!r} is no letter of the alphabet.", fix=fix)
-        for axis in axes:
-            if axis in owner:
-                raise LayoutError(
-                    f"{name} {letters!r}: {owner[axis]} and {letter} are both on mesh axis {axis!r}.",
-                    got=f"{owner[axis]} -> {axes_of(mapping, owner[axis])}, {letter} -> {axes_of(mapping, letter)}",
-                    rule="a mesh axis shards one dim of an array",
-                    fix=f"rules that keep them apart, or '{NAMELESS}' for the dim that need not be sharded",
-                )
-            owner[axis] = letter
-
-
-def _check_axes(mesh: Mesh, mapping: Mapping[str, Axes], letters: Letters) -> None:
-    known = (*mesh.axis_names, *AXES)
-    for letter in letters:
-        for axis in axes_of(mapping, letter):
-            if axis not in known:
-                raise LayoutError(f"{letter} is put on {axis!r}, which is no mesh axis.", fix=closest(axis, set(known)))
-
-
-def _check_shape(
-    sizes: Mapping[str, int], mapping: Mapping[str, Axes], letters: Letters, shape: tuple[int, ...], name: str
-) -> None:
-    if len(letters) != len(shape):
-        raise LayoutError(f"{name} {letters!r} has {len(shape)} dims.", got=f"shape {shape}", rule="one letter per dim")
-    for letter, dim, axes in zip(letters, shape, dims_of(mapping, letters), strict=True):
-        if dim % (shards := math.prod(sizes.get(axis, 1) for axis in axes)):
-            over = " x ".join(f"{axis} {sizes[axis]}" for axis in axes if sizes.get(axis, 1) > 1)
-            raise LayoutError(
-                f"{name} {letters!r}: {letter} ({LETTERS[letter]}) = {dim} does not divide into {shards} shards.",
-                got=f"shape {shape}, {letter} over {over}",
-                rule="a sharded dim is a multiple of the devices along its axes",
-                fix=f"{letter} a multiple of {shards}, a smaller axis, or rules that do not shard {letter}",
-            )
+    check_letters(letters, mapping, name)
+    check_axes(mesh.shape, mapping, letters)
+    check_shape(mesh.shape, mapping, letters, shape, name)
 
 
 def constrain(x: jax.Array, letters: Letters) -> jax.Array:
@@ -142,8 +101,8 @@ def _laid_out(x: jax.Array, letters: Letters, mapping: Mapping[str, Axes] | None
         return x
     mapping = getattr(layout.rules, side) if mapping is None else mapping
     mesh, sizes = free_axes(layout)
-    _check_letters(letters, mapping, name)
-    _check_shape(sizes, mapping, letters, x.shape, name)
+    check_letters(letters, mapping, name)
+    check_shape(sizes, mapping, letters, x.shape, name)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(letters, mapping, keep=sizes.__contains__)))
 
 

@@ -150,6 +150,11 @@ class Interleaved(_Pipeline):
 
     chunks: int = 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.chunks < 1:
+            raise LayoutError(f"pipeline.chunks = {self.chunks} is no number of chunks.", rule="1 or more", fix="chunks = 1")
+
     def table(self, stages: int, microbatches: int) -> Table:
         from meshes import schedules
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meshes import LayoutError, Rules, Ulysses
+from meshes import LayoutError, Rules, Ulysses, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,11 @@ def _reason(refusals: dict[str, bool]) -> str:
     return next((reason for reason, holds in refusals.items() if holds), "")
 
 
+def _check_length(field: str, length: int) -> None:
+    if length < 0:
+        raise UserError(f"attention.{field} = {length} is no length.", rule="1 or more; 0 leaves the choice to the kernel")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Auto:
     """The best way that the place takes."""
@@ -46,10 +51,14 @@ class CuDNN:
 
     require: bool = False
 
+    def elsewhere(self, platform: str) -> str:
+        """Why not on these devices, or ""."""
+        return "" if platform == "gpu" else f"it needs an NVIDIA GPU, and these devices are {platform}"
+
     def refuses(self, site: Site) -> str:
         longest = 16_384  # a mask of S x S bfloat16 is 512 MiB a row there
         refusals = {
-            f"it needs an NVIDIA GPU, and these devices are {site.platform}": site.platform != "gpu",
+            self.elsewhere(site.platform): site.platform != "gpu",
             f"it takes bfloat16 and float16, not {site.dtype}": site.dtype not in ("bfloat16", "float16"),
             f"a head of {site.head_dim} is not a multiple of 8, at most 128": site.head_dim % 8 or site.head_dim > 128,
             f"packed documents need a mask, at most {longest:,} long": site.packed and site.seq_len > longest,
@@ -64,6 +73,9 @@ class Chunked:
     chunk: int = 0  # queries per chunk; 0: a 16th of the sequence, at least 64
     require: bool = False
 
+    def __post_init__(self):
+        _check_length("chunk", self.chunk)
+
     def refuses(self, site: Site) -> str:
         longest = 8192  # the probabilities of a head and row are 128 MiB there in float32
         return _reason(_cut(site) | {f"it keeps probabilities, at most {longest:,} long": site.seq_len > longest})
@@ -75,6 +87,9 @@ class Tiled:
 
     tile: int = 0  # queries and keys per tile; 0: what meshes.context.TILE_BYTES holds
     require: bool = False
+
+    def __post_init__(self):
+        _check_length("tile", self.tile)
 
     def refuses(self, site: Site) -> str:
         return ""
@@ -133,6 +148,18 @@ def _check_heads(rules: Rules, axes: Mapping[str, int], shards: int, num_heads: 
         )
 
 
+def check_platform(wanted: Attention, platform: str) -> None:
+    """Raises LayoutError where `wanted` is required and does not run on these devices; "" is unknown."""
+    if platform and isinstance(wanted, CuDNN) and wanted.require and (reason := wanted.elsewhere(platform)):
+        raise _required(wanted, reason)
+
+
+def _required(wanted: Way, reason: str, got: str = "") -> LayoutError:
+    name = type(wanted).__name__
+    fix = f"{name}(require=False) to fall to the next way, or Auto()"
+    return LayoutError(f"attention = {name} is required and cannot run: {reason}.", got=got, fix=fix)
+
+
 def choose(wanted: Attention, site: Site) -> Way:
     """The way taken: `wanted`, or where it refuses the next that does not. Raises LayoutError where it is required."""
     if isinstance(wanted, Auto):
@@ -140,13 +167,9 @@ def choose(wanted: Attention, site: Site) -> Way:
     reason = wanted.refuses(site)
     if not reason:
         return wanted
-    name = type(wanted).__name__
     if wanted.require:
-        raise LayoutError(
-            f"attention = {name} is required and cannot run: {reason}.",
-            got=str(site),
-            fix=f"{name}(require=False) to fall to the next way, or Auto()",
-        )
+        raise _required(wanted, reason, str(site))
+    name = type(wanted).__name__
     taken = _first([way for way in ORDER if type(way) is not type(wanted)], site)
     _say(f"attention: {name} refused, {type(taken).__name__} instead: {reason}")
     return taken

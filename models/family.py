@@ -7,13 +7,14 @@ A layer is attention and a feed-forward, each a value that says which weights it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from meshes import DEFAULT, LayoutError, Rules, UserError, closest
-from meshes.rules import Axes, axes_of
-from models.attention import Attention, Auto, check_cut
+from meshes.fit import check_exchange, check_experts, check_letters, cuts
+from meshes.rules import Axes
+from models.attention import Attention, Auto, check_cut, check_platform
 
 Remat = Literal["none", "dots", "projections", "full"]
 REMAT: dict[str, str] = {
@@ -22,6 +23,8 @@ REMAT: dict[str, str] = {
     "projections": "keep the results of products with weights; attention is computed again",
     "full": "keep each layer's input only; a third more work, the least memory",
 }
+
+ACTIVATIONS = ("BRD", "BSD", "BSF", "BSNH", "BSKH", "BSZ", "BSV")  # those of a model that has all their letters
 
 Sizes = dict[str, tuple[str, int]]  # letter -> the field that sizes it, and the size
 
@@ -215,13 +218,32 @@ class DecoderConfig:
             layers += [one] * stack.num_layers
         return layers, 6.0 * self.vocab_size * self.dim
 
-    def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules = DEFAULT) -> None:
-        """Raises LayoutError where a size does not divide over mesh axes of these sizes under `rules`."""
-        dims = dict.fromkeys(dim for p in self.parameters().values() for dim in p.dims)
-        _check_division(dims, rules.params, axes)
-        _check_division([*dims, ("S", "seq_len", seq_len), ("R", "seq_len", seq_len)], rules.acts, axes)
-        for num_heads in {size for letter, _, size in dims if letter == "N"}:
+    def check(self, axes: Mapping[str, int], seq_len: int, rules: Rules = DEFAULT, platform: str = "") -> None:
+        """Raises LayoutError where a parameter or an activation cannot be laid out by `rules` over axes of these sizes.
+
+        `platform`: of the devices, where it is known; then also for what is required and cannot run there.
+        """
+        arrays = self.parameters()
+        letters = {letter for p in arrays.values() for letter in p.letters}
+        stored = {name: rules.stored(p.letters, p.shape, axes) for name, p in arrays.items()}
+        for name, p in arrays.items():
+            check_letters(p.letters, stored[name], name)
+            check_letters(p.letters, rules.acts, name)
+        for activation in ACTIVATIONS:
+            if set(activation) <= letters | set("BSR"):
+                check_letters(activation, rules.acts, "an activation")
+        _check_division([row for name, p in arrays.items() for row in _cut(p.dims, stored[name], axes)], axes)
+        columns = [(letter, "seq_len", seq_len) for letter in "SR"]
+        rows = [row for dims in [*(p.dims for p in arrays.values()), columns] for row in _cut(dims, rules.acts, axes)]
+        _check_division(rows, axes)
+        for num_heads in {size for p in arrays.values() for letter, _, size in p.dims if letter == "N"}:
             check_cut(self.attention, rules, axes, seq_len, num_heads)
+        check_platform(self.attention, platform)
+        if "E" in letters:
+            over, *tokens = (tuple(cut) for cut in cuts(axes, rules.acts, "EBS"))
+            check_experts(rules.acts, over, sum(tokens, ()))
+            if over and platform:
+                check_exchange(rules.experts, platform)
 
 
 def check_positive(fields: Mapping[str, Any]) -> None:
@@ -231,12 +253,19 @@ def check_positive(fields: Mapping[str, Any]) -> None:
             raise UserError(f"{name} = {size} is no size.", rule="at least 1")
 
 
-def _check_division(dims: Any, mapping: Mapping[str, Axes], axes: Mapping[str, int]) -> None:
-    split = {dim: tuple(a for a in axes_of(mapping, dim[0]) if axes.get(a, 1) > 1) for dim in dims}
-    for (_, field, size), over in split.items():
-        if size % math.prod(axes[axis] for axis in over):
-            together = math.gcd(*(other[2] for other in split if split[other] == over))
-            raise _indivisible(field, size, {axis: axes[axis] for axis in over}, together)
+Row = tuple[str, int, dict[str, int]]  # the field of a dim, its size, the axes that shard it
+
+
+def _cut(dims: Iterable[tuple[str, str, int]], mapping: Mapping[str, Axes], axes: Mapping[str, int]) -> list[Row]:
+    letters, fields, sizes = zip(*dims)
+    return list(zip(fields, sizes, cuts(axes, mapping, "".join(letters)), strict=True))
+
+
+def _check_division(rows: list[Row], axes: Mapping[str, int]) -> None:
+    for field, size, over in rows:
+        if size % math.prod(over.values()):
+            together = math.gcd(*(other for _, other, same in rows if same == over))
+            raise _indivisible(field, size, over, together)
 
 
 def _unshared(heads: int, kv_heads: int) -> UserError:

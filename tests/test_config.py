@@ -6,13 +6,16 @@ import pytest
 
 from jaxtrain import overrides
 from jaxtrain.config import check, differences, encode, load
-from jaxtrain.errors import ConfigError, LayoutError
+from jaxtrain.errors import ConfigError, LayoutError, UserError
 from jaxtrain.layout import check_layout
 from jaxtrain.observe.ending import Baselines, Sample
 from jaxtrain.train.optim import AdamW, Lion
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.schedule import WSD
-from meshes import DEFAULT, FSDP, Capacity, Interleaved, MeshConfig, Ring, Ulysses
+from meshes import DEFAULT, FSDP, Capacity, Interleaved, MeshConfig, Ragged, Ring, Ulysses
+from models import moe
+from models.attention import Chunked, CuDNN, Tiled
+from models.family import Grouped
 from tests.tiny import TINY
 
 
@@ -145,6 +148,55 @@ def test_fields_that_contradict_each_other_are_refused(change, words):
 def test_a_layout_that_does_not_fit_is_refused_before_it_runs(change, words):
     with pytest.raises((ConfigError, LayoutError), match="(?s)" + words):
         check_layout(dataclasses.replace(TINY, **change), 8)
+
+
+MIXTURE = moe.Config(vocab_size=64, dim=16, num_layers=2, heads=Grouped(num_heads=2, num_kv_heads=2, head_dim=8), experts=moe.Experts(num_experts=8, num_chosen=2, ffn=32))  # fmt: skip
+
+
+def _rules(**maps):
+    """DEFAULT with letters put on other axes: `params` and `acts`."""
+    return dataclasses.replace(DEFAULT, **{side: getattr(DEFAULT, side) | letters for side, letters in maps.items()})
+
+
+@pytest.mark.parametrize(
+    ("model", "rules", "mesh", "words"),
+    [
+        (TINY.model, _rules(params=dict(N="fsdp")), {}, "q_LDNH 'LDNH': D and N are both on mesh axis 'fsdp'"),
+        (TINY.model, _rules(acts=dict(F="fsdp")), {}, "an activation 'BSF': B and F are both on mesh axis 'fsdp'"),
+        (MIXTURE, _rules(acts=dict(E="tensor", F=None, N=None, K=None)), dict(tensor=2), "experts cannot be on tensor"),
+        (MIXTURE, _rules(acts=dict(E=("data", "expert"))), dict(data=2, expert=2), "experts cannot be on data x expert"),
+        (
+            MIXTURE,
+            dataclasses.replace(DEFAULT, experts=Ragged(require=True)),
+            dict(expert=2),
+            "experts = Ragged is required and cannot run.*these devices are cpu.*--mesh.expert 1: fsdp 8 is the closest",
+        ),
+        (
+            dataclasses.replace(TINY.model, attention=CuDNN(require=True)),
+            DEFAULT,
+            {},
+            "attention = CuDNN is required and cannot run: it needs an NVIDIA GPU, and these devices are cpu",
+        ),
+    ],
+)
+def test_what_would_fail_when_arrays_are_placed_or_the_step_is_traced_is_refused_before(model, rules, mesh, words):
+    config = dataclasses.replace(TINY, model=model, rules=rules, mesh=MeshConfig(**mesh))
+    with pytest.raises(LayoutError, match="(?s)" + words):
+        check_layout(config, 8, "cpu")
+
+
+def test_what_devices_take_is_asked_only_where_they_are_known():
+    required = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, attention=CuDNN(require=True)))
+    for platform in ("", "gpu"):
+        check_layout(required, 8, platform)
+    mixed = dataclasses.replace(TINY, model=MIXTURE, rules=dataclasses.replace(DEFAULT, experts=Ragged(require=True)))
+    check_layout(mixed, 8, "cpu")  # experts that no axis keeps apart are exchanged by nobody
+
+
+@pytest.mark.parametrize(("make", "words"), [(lambda: Interleaved(chunks=0), "chunks = 0"), (lambda: Chunked(chunk=-5), "chunk = -5"), (lambda: Tiled(tile=-1), "tile = -1")])  # fmt: skip
+def test_a_number_of_chunks_or_columns_that_is_none_is_refused(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
 
 
 @pytest.mark.parametrize(

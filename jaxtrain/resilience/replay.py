@@ -65,7 +65,7 @@ def report(config: RunConfig, last: int, lead: bool) -> tuple[list[str], bool]:
     from jaxtrain.train.state import Blueprint
     from jaxtrain.train.step import train_step
 
-    check_layout(config, len(runtime.devices()))
+    check_layout(config, len(runtime.devices()), runtime.devices()[0].platform)
     blueprint = Blueprint(config, meshes.make(config.mesh, runtime.devices()))
     if runs_pipeline(config, blueprint.mesh.shape):
         runtime.compile_anew_on_cpu()

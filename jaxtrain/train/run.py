@@ -61,7 +61,7 @@ class Finished:
 def train(config: RunConfig, process: runtime.Process, notice: Notice, *, accept_changes: bool = False) -> Exit:
     """Trains or resumes; DONE, PREEMPTED or INTERRUPTED. Every process of the run calls it."""
     pulse = pulses.mine()
-    check_layout(config, len(runtime.devices()))
+    check_layout(config, len(runtime.devices()), runtime.devices()[0].platform)
     mesh = meshes.make(config.mesh, runtime.devices())
     pulse.about(_coordinates(mesh))
     fingerprint = {k: str(v) for k, v in flatten(encode(config)).items()} | {"code": runtime.code_fingerprint()}
