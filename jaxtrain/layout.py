@@ -14,6 +14,7 @@ from jaxtrain.errors import ConfigError, LayoutError, UserError
 from jaxtrain.train.replicas import DiLoCo
 from meshes import Gathered, Ring, Rules, product
 from meshes.axes import AXES
+from meshes.errors import DivisionError
 
 TRIED = 2000  # meshes, from the closest on, before none is named: 0.2 s
 
@@ -32,8 +33,9 @@ def check_layout(config: RunConfig, num_devices: int, platform: str = "") -> dic
     try:
         _check(config, sizes, platform)
     except UserError as error:
-        fixes = [*([error.fix] if error.fix else []), *_closest(config, num_devices, platform)]
-        raise _with_fix(error, fixes) from None
+        near = _closest(config, num_devices, platform)
+        own = [error.fix] if error.fix and not (near and isinstance(error, DivisionError)) else []
+        raise _with_fix(error, own + near) from None
     return sizes
 
 

@@ -29,6 +29,10 @@ class LayoutError(UserError):
     """A mesh, rules or array shape that cannot be laid out as asked."""
 
 
+class DivisionError(LayoutError):
+    """A size that mesh axes do not divide; its fix is another size of these axes alone, which may not fill all devices."""
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """The `fix` line for an unknown name: the closest known one first, whatever its case, then all of them."""
     known = sorted(known)

@@ -138,7 +138,7 @@ def check_cut(wanted: Attention, rules: Rules, axes: Mapping[str, int], seq_len:
 def _check_heads(rules: Rules, axes: Mapping[str, int], shards: int, num_heads: int) -> None:
     tensor = rules.shards("N", axes)
     if num_heads % (tensor * shards):
-        near = max(n for n in range(1, shards) if num_heads % (tensor * n) == 0)
+        near = max(n for n in range(1, shards) if shards % n == 0 and num_heads % (tensor * n) == 0)
         raise LayoutError(
             f"num_heads = {num_heads} does not divide over {tensor * shards} devices, as Ulysses does it.",
             got=f"heads over {tensor} devices as stored, the sequence over {shards}",

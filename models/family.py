@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from meshes import DEFAULT, LayoutError, Rules, UserError, closest
+from meshes import DEFAULT, Rules, UserError, closest
+from meshes.errors import DivisionError
 from meshes.fit import check_exchange, check_experts, check_letters, cuts
 from meshes.rules import Axes
 from models.attention import Attention, Auto, check_cut, check_platform
@@ -265,7 +266,7 @@ def _check_division(rows: list[Row], axes: Mapping[str, int]) -> None:
     for field, size, over in rows:
         if size % math.prod(over.values()):
             together = math.gcd(*(other for _, other, same in rows if same == over))
-            raise _indivisible(field, size, over, together)
+            raise _indivisible(field, size, over, math.gcd(together, math.prod(axes.values())), together)
 
 
 def _unshared(heads: int, kv_heads: int) -> UserError:
@@ -278,11 +279,11 @@ def _unshared(heads: int, kv_heads: int) -> UserError:
     )
 
 
-def _indivisible(field: str, size: int, axes: dict[str, int], together: int) -> LayoutError:
-    """`together`: what the product of these axes has to divide."""
+def _indivisible(field: str, size: int, axes: dict[str, int], most: int, together: int) -> DivisionError:
+    """`together`: what the product of these axes has to divide; `most`: what of it the number of devices allows."""
     over, shards = " x ".join(axes), math.prod(axes.values())
-    near = min((n for n in range(1, together + 1) if together % n == 0), key=lambda n: abs(n - shards))
-    return LayoutError(
+    near = min((n for n in range(1, most + 1) if most % n == 0), key=lambda n: abs(n - shards))
+    return DivisionError(
         f"{field} = {size} does not divide over {over}.",
         got=" x ".join(f"{axis} {n}" for axis, n in axes.items()),
         rule=f"{over} divides all that it shards, so it divides {together}",

@@ -139,6 +139,10 @@ def test_fields_that_contradict_each_other_are_refused(change, words):
     [
         ({"batch": 12}, "batch = 12 does not divide over 8 batch shards.*batch = 16, or --mesh.* is the closest mesh"),
         ({"mesh": MeshConfig(fsdp=1, context=8), "seq_len": 30}, "seq_len.*--mesh.data 8 --mesh.context 1: data 8 is the"),
+        (
+            {"mesh": MeshConfig(fsdp=1, context=8), "seq_len": 36},  # 9 and 4 divide it, but not 8 devices, nor in zig-zag order
+            "seq_len.*\n  fix   --mesh.data 4 --mesh.context 2: data 4 x context 2 is the closest",
+        ),
         ({"mesh": MeshConfig(fsdp=3)}, "cannot fill 8 devices.*fix   --mesh.data 2 --mesh.fsdp 4: data 2 x fsdp 4 is"),
         ({"mesh": MeshConfig(fsdp=1, tensor=8)}, "num_heads.*--mesh.data 4 --mesh.tensor 2: data 4 x tensor 2 is the"),
         ({"mesh": MeshConfig(tensor=3)}, "cannot fill 8 devices.*fix   --mesh.tensor 2: fsdp 4 x tensor 2 is"),

@@ -161,7 +161,7 @@ CUT = dict(axes={"context": 4, "tensor": 2}, seq_len=64, num_heads=16)
         (Ring(), Auto(), dict(seq_len=60), r"seq_len = 60 .* 8 chunks[^$]*fix   seq_len = 64, or Ring\(zigzag=False\)"),
         (Gathered(), CuDNN(require=True), {}, r"CuDNN is required and takes no sequence that is cut[^$]*Ulysses\(\)"),
         (Ring(), Dense(require=True), {}, r"Dense is required[^$]*mesh.context = 1"),
-        (Ulysses(), Auto(), dict(num_heads=12), r"12 does not divide over 8[^$]*copied to all[^$]*context axis of 3"),
+        (Ulysses(), Auto(), dict(num_heads=12), r"12 does not divide over 8[^$]*copied to all[^$]*context axis of 2"),
         (Ulysses(), Auto(), dict(num_heads=2), r"num_heads = 2[^$]*fix   rules.context = Ring\(\).* context axis of 1"),
     ],
 )

@@ -69,9 +69,9 @@ def test_importing_and_making_configs_imports_no_jax():
     ("axes", "what", "fix"),
     [
         (dict(tensor=16), "num_kv_heads = 8 does not divide over tensor", "tensor = 8"),
-        (dict(tensor=3), "vocab_size|num_heads", "tensor = 2"),
-        (dict(fsdp=3), "dim = 4096 does not divide over fsdp", "fsdp = 2"),
-        (dict(fsdp=64, context=3), "dim = 4096 does not divide over fsdp x context", "fsdp x context = 128"),
+        (dict(tensor=3), "vocab_size|num_heads", "tensor = 1"),
+        (dict(fsdp=3, data=2), "dim = 4096 does not divide over fsdp", "fsdp = 2"),
+        (dict(fsdp=64, context=3), "dim = 4096 does not divide over fsdp x context", "fsdp x context = 64"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused_with_the_closest_that_does(axes, what, fix):

@@ -221,8 +221,8 @@ def test_importing_and_making_configs_imports_no_jax():
     ("axes", "what", "fix"),
     [
         (dict(expert=16), "num_experts = 8 does not divide over expert", "expert = 8"),
-        (dict(expert=3), "num_experts = 8 does not divide over expert", "expert = 2"),
-        (dict(tensor=3), "vocab_size", "tensor = 2"),
+        (dict(expert=3, data=2), "dim = 4096 does not divide over expert", "expert = 2"),
+        (dict(tensor=3), "vocab_size", "tensor = 1"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused_with_the_closest_that_does(axes, what, fix):
