@@ -15,6 +15,7 @@ from jaxtrain.train.replicas import DiLoCo
 from meshes import Gathered, Ring, Rules, product
 from meshes.axes import AXES
 from meshes.errors import DivisionError
+from meshes.rules import axes_of
 
 TRIED = 2000  # meshes, from the closest on, before none is named: 0.2 s
 
@@ -108,7 +109,19 @@ def _check(config: RunConfig, sizes: Mapping[str, int], platform: str) -> None:
             rule="the axes that shard S divide the sequence",
             fix=f"seq_len = {round_up(config.seq_len, columns)}",
         )
+    _check_ring(config.rules, sizes)
     _check_pipeline(config, sizes)
+
+
+def _check_ring(rules: Rules, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError where a ring of products is asked for and no product gathers or scatters over `tensor`."""
+    if rules.matmul == "ring" and sizes.get("tensor", 1) > 1 and "tensor" not in axes_of(rules.acts, "R"):
+        raise ConfigError(
+            "a ring of products has nothing to gather.",
+            got=f"mesh {product(sizes)}, rules.matmul 'ring', rules.acts.R {axes_of(rules.acts, 'R')}",
+            rule="the ring takes the place of gathers and scatters of the sequence between blocks, R, over tensor",
+            fix="rules.acts.R = ('context', 'tensor') as in DEFAULT and TP_SP, or rules.matmul = 'whole'",
+        )
 
 
 def _check_pipeline(config: RunConfig, sizes: Mapping[str, int]) -> None:

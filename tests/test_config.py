@@ -12,7 +12,7 @@ from jaxtrain.observe.ending import Baselines, Sample
 from jaxtrain.train.optim import AdamW, Lion
 from jaxtrain.train.replicas import DiLoCo
 from jaxtrain.train.schedule import WSD
-from meshes import DEFAULT, FSDP, Capacity, Interleaved, MeshConfig, Ragged, Ring, Ulysses
+from meshes import DEFAULT, FSDP, FSDP_TP, TP, TP_SP, Capacity, Interleaved, MeshConfig, Ragged, Ring, Ulysses
 from models import moe
 from models.attention import Chunked, CuDNN, Tiled
 from models.family import Grouped
@@ -187,6 +187,15 @@ def test_what_would_fail_when_arrays_are_placed_or_the_step_is_traced_is_refused
     config = dataclasses.replace(TINY, model=model, rules=rules, mesh=MeshConfig(**mesh))
     with pytest.raises(LayoutError, match="(?s)" + words):
         check_layout(config, 8, "cpu")
+
+
+@pytest.mark.parametrize("rules", [TP, FSDP_TP, FSDP], ids=["TP", "FSDP_TP", "FSDP"])
+def test_a_ring_of_products_that_would_do_nothing_is_refused(rules):
+    ring = dataclasses.replace(TINY, rules=dataclasses.replace(rules, matmul="ring"))
+    with pytest.raises(ConfigError, match=r"(?s)has nothing to gather.*acts.R \('context',\).*rules.matmul = 'whole'"):
+        check_layout(dataclasses.replace(ring, mesh=MeshConfig(tensor=2)), 8)
+    check_layout(ring, 8)  # no tensor axis, and so no product that a ring could take part by part
+    check_layout(dataclasses.replace(ring, rules=dataclasses.replace(TP_SP, matmul="ring"), mesh=MeshConfig(tensor=2)), 8)
 
 
 def test_what_devices_take_is_asked_only_where_they_are_known():
