@@ -24,7 +24,7 @@ from tests.tiny import TINY
 BUDGET = Path(__file__).with_name("collectives.json")
 ROOT = Path(__file__).parents[2]
 PLAN = Path(sys.prefix, "plan")  # where `make plan` puts it
-FAST = {"data8", "fsdp8", "tensor4", "stage4", "expert4 fsdp2"}
+FAST = {"data8", "fsdp8", "tensor4", "stage4", "expert4 fsdp2", "mla tensor4"}
 STREAM = TINY.batch * TINY.seq_len * DENSE.dim * 4  # bytes of the residual stream of a whole batch in float32
 
 
@@ -101,20 +101,30 @@ def test_gradients_are_summed_over_copies_as_they_are_stored(layout, copies, par
     assert sum(one.bytes * one.times for one in found) == pytest.approx(4 * DENSE.num_params() / parts, rel=0.05)
 
 
-def test_tensor_parallelism_has_four_exchanges_of_the_stream_in_a_layers_forward_pass():
+def test_tensor_parallelism_has_four_exchanges_of_the_stream_in_a_layer_each_way():
+    """The backward gathers two gradients and sums two; that remat "full" runs the forward again is three more, as what
+    leaves the ffn is not needed again."""
     in_layers = [one for one in on("cpu", "tensor4") if one.times == DENSE.num_layers]
-    assert {one.bytes for one in in_layers} == {STREAM}
-    forward = [one for one in in_layers if "transpose" not in one.op]
-    assert len(forward) == 4 and {one.axes for one in in_layers} == {("tensor",)}
+    assert {one.bytes for one in in_layers} == {STREAM} and {one.axes for one in in_layers} == {("tensor",)}
+    of = lambda found: sorted(one.kind for one in found)  # noqa: E731
+    backward = [one for one in in_layers if "transpose" in one.op]
+    again = [one for one in backward if "rematted_computation" in one.op]
+    four = ["all-gather"] * 2 + ["all-reduce"] * 2
+    assert of(one for one in in_layers if one not in backward) == four
+    assert of(one for one in backward if one not in again) == four
+    assert of(again) == ["all-gather"] * 2 + ["all-reduce"]
 
 
 @pytest.mark.slow
 @gpus
 def test_tensor_parallelism_gathers_and_scatters_the_stream_twice_a_layer_each_way():
-    """A GPU's reduce-scatters bear no name; the fifth is of the forward pass that remat "full" runs again."""
+    """A GPU's reduce-scatters bear no name; the fifth, and two of the backward's gathers, are of the forward pass that remat
+    "full" runs again."""
     in_layers = [one for one in on("gpu", "tensor4") if one.times == DENSE.num_layers]
-    forward = [one for one in in_layers if one.kind == "all-gather" and "transpose" not in one.op]
-    assert sum(one.bytes for one in forward) == 2 * STREAM
+    gathers = [one for one in in_layers if one.kind == "all-gather"]
+    backward = [one for one in gathers if "transpose" in one.op]
+    assert sum(one.bytes for one in gathers if one not in backward) == 2 * STREAM
+    assert sum(one.bytes for one in backward) == (2 + 2) * STREAM
     assert sum(one.bytes for one in in_layers if one.kind == "reduce-scatter") == (2 + 2 + 1) * STREAM
     assert {one.kind for one in in_layers} == {"all-gather", "reduce-scatter"}
 
