@@ -257,9 +257,12 @@ def _fixed(way: Capacity, place: Place, x_BSD, chosen_BSk, weights: Weights) -> 
     peers = lax.axis_size(place.experts) if place.experts else 1
     shards = lax.axis_size(place.sequence) if place.sequence else 1
     room = capacity(way.factor, S * shards, k, here * peers)
-    kept_BT = jnp.where(_first(room, place, chosen_BSk, here * peers), chosen_BSk, here * peers).reshape(B, -1)
-    of_sequence = jax.vmap(partial(_ranks, num_experts=here * peers))
-    (counts_BE, _), (kept_BE, rank_BT) = of_sequence(chosen_BSk.reshape(B, -1)), of_sequence(kept_BT)
+    rank_BSk = _in_sequence(place, chosen_BSk, here * peers)
+    kept_BSk = rank_BSk < room
+    kept_BT, rank_BT = (x.reshape(B, -1) for x in (jnp.where(kept_BSk, chosen_BSk, here * peers), rank_BSk))
+    if place.sequence:  # the place in this device's part of it
+        rank_BT = _ranks_of_rows(kept_BT, here * peers)
+    dropped_E = ((chosen_BSk[..., None] == np.arange(here * peers)[None, None, None]) & ~kept_BSk[..., None]).sum((0, 1, 2))
     space = min(room, S)
     num_rows = here * peers * B * space
     row_BT = (kept_BT * B + jnp.arange(B)[:, None]) * space + rank_BT
@@ -273,7 +276,7 @@ def _fixed(way: Capacity, place: Place, x_BSD, chosen_BSk, weights: Weights) -> 
     if place.experts:
         rows = lax.all_to_all(rows, place.experts, 0, 0)
     out_TD = empty(rows.reshape(-1, D), slots_T)
-    return out_TD.reshape(B, S, k, D), (counts_BE - kept_BE).sum(0).astype(jnp.float32)
+    return out_TD.reshape(B, S, k, D), dropped_E.astype(jnp.float32)
 
 
 def capacity(factor: float, seq_len: int, num_chosen: int, num_experts: int) -> int:
@@ -281,16 +284,20 @@ def capacity(factor: float, seq_len: int, num_chosen: int, num_experts: int) -> 
     return math.ceil(factor * seq_len * num_chosen / num_experts)
 
 
-def _first(room: int, place: Place, chosen_BSk, num_experts: int) -> Array:
-    """Whether a choice is among the first `room` of its sequence to that expert, wherever the mesh has cut it."""
+def _in_sequence(place: Place, chosen_BSk, num_experts: int) -> Array:
+    """Of each choice how many of its sequence came before it to the same expert, wherever the mesh has cut it."""
     B, S, k = chosen_BSk.shape
     if place.sequence:
         chosen_BSk = lax.all_gather(chosen_BSk, place.sequence, axis=1, tiled=True)
     columns = np.arange(chosen_BSk.shape[1]) if place.columns is None else place.columns
     in_order = chosen_BSk[:, np.argsort(columns)].reshape(B, -1)
-    rank_BSk = jax.vmap(partial(_ranks, num_experts=num_experts))(in_order)[1].reshape(chosen_BSk.shape)[:, columns]
+    rank_BSk = _ranks_of_rows(in_order, num_experts).reshape(chosen_BSk.shape)[:, columns]
     here = lax.axis_index(place.sequence) * S if place.sequence else 0
-    return lax.dynamic_slice_in_dim(rank_BSk, here, S, axis=1) < room
+    return lax.dynamic_slice_in_dim(rank_BSk, here, S, axis=1)
+
+
+def _ranks_of_rows(chosen_BT, num_experts: int) -> Array:
+    return jax.vmap(lambda chosen_T: _ranks(chosen_T, num_experts)[1])(chosen_BT)
 
 
 # Rows

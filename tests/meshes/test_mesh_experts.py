@@ -95,6 +95,14 @@ def test_over_a_mesh_every_transport_equals_that_loop(mesh, room):
     assert_equal(value_and_gradients(way, MESHES[mesh]), reference(room))
 
 
+@pytest.mark.parametrize(("mesh", "sorts"), [("expert 4", 1), ("expert 4 x context 2", 2)])
+def test_a_fixed_capacity_sorts_choices_once_and_again_only_where_the_sequence_is_cut(mesh, sorts):
+    mesh = meshes.make(MeshConfig(**{"fsdp": 1} | MESHES[mesh]), jax.devices()[: int(np.prod(list(MESHES[mesh].values())))])
+    with meshes.use(mesh, dataclasses.replace(DEFAULT, experts=Capacity())):
+        program = jax.jit(experts.apply).lower(WEIGHTS, X, CHOSEN, GATES).compile().as_text()
+    assert program.count(" sort(") == sorts
+
+
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """`lax.ragged_all_to_all` as its documentation defines it, from everybody's arguments; and a check of recv_sizes."""
     everyone = [lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)]
