@@ -96,6 +96,8 @@ class Stock:
         """Whether that host has them all when it returns; none is sent where all would be too much for it."""
         if not (parts := list(parts)):
             return True
+        if not {*parts} <= {*self.inventory()}:  # one has made way for a newer one
+            return False
         with _Sender(self._roster, to, self._secret) as sender:
             return sender.offer(parts, Deadline(SEND_S)) and all(self._sent(sender, part) for part in parts)
 
