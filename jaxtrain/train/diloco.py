@@ -7,7 +7,7 @@ nothing but three scalars of metrics crosses replicas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import meshes
 from meshes.place import free_axes
-from meshes.rules import Axes, dims_of
+from meshes.rules import dims_of
 
 from jaxtrain.train.replicas import DiLoCo
 
@@ -79,49 +79,79 @@ def _due(config: DiLoCo, completed: Array) -> Array:
 
 
 def _meeting(config: DiLoCo, letters: Any, fragment: int) -> Callable[..., tuple[Any, ...]]:
-    """The outer step of one fragment: (params, mine, momentum, error) -> the same, moved."""
+    """The outer step of one fragment: (params, mine, momentum, error) -> the same, moved.
+
+    By hand over all axes, on what each device stores: the partitioner aborts on a scatter into rows that one axis cuts
+    beside another, and takes what is gathered whole.
+    """
+    names, tree = jax.tree.flatten(letters)
 
     def meet(params: Any, mine: Any, momentum: Any, error: Any) -> tuple[Any, ...]:
-        parts, tree = jax.tree.flatten(letters)
-        columns = [tree.flatten_up_to(x) if x != () else [None] * len(parts) for x in (params, mine, momentum, error)]
-        places = _places(config.fragments, parts, [x.shape for x in columns[0]])
-        moved = [_moved(config, *leaf) for leaf in zip(parts, [place[fragment] for place in places], *columns, strict=True)]
-        params, mine, momentum, left = (tree.unflatten(column) for column in zip(*moved))
-        return params, mine, momentum, left if error != () else ()
+        mesh, cuts, free = _cuts(names, jax.tree.leaves(params))
+
+        def local(*kept: Any) -> tuple[Any, ...]:
+            columns = [tree.flatten_up_to(x) if x != () else [None] * len(names) for x in kept]
+            places = _places(config.fragments, names, [x.shape for x in columns[0]])
+            leaves = zip([place[fragment] for place in places], [cut[-1] if cut else () for cut in cuts], *columns, strict=True)
+            *moved, left = (tree.unflatten(column) for column in zip(*(_moved(config, *leaf) for leaf in leaves)))
+            return *moved, left if error != () else ()
+
+        kept = (params, mine, momentum, error)
+        if not free:
+            return local(*kept)
+        stored = tree.unflatten([PartitionSpec(*(axes or None for axes in cut)) for cut in cuts])
+        specs = tuple(stored if x != () else () for x in kept)
+        return jax.shard_map(local, mesh=mesh, axis_names=free, in_specs=specs, out_specs=specs, check_vma=False)(*kept)
 
     return meet
 
 
+def _cuts(letters: list[str], arrays: list[Array]) -> tuple[Any, list[list[tuple[str, ...]]], set[str]]:
+    """The mesh, the axes that cut each dim of each array where it is stored, and all axes that are left to cut."""
+    layout = meshes.current()
+    mesh, free = free_axes(layout)
+    stored = [dims_of(layout.rules.stored(n, x.shape, layout.mesh.shape), n) for n, x in zip(letters, arrays, strict=True)]
+    return mesh, [[tuple(axis for axis in axes if axis in free) for axes in dims] for dims in stored], set(free)
+
+
 def _places(fragments: int, letters: list[str], shapes: list[tuple[int, ...]]) -> list[list[slice | None]]:
-    """Of each array, by fragment, the rows that belong to it: every so many-th layer; other arrays whole, to the
-    fragment that is least so far, the largest first."""
+    """Of each array as a device stores it, by fragment, the rows that belong to it: every so many-th layer; arrays
+    without layers, or with fewer than fragments, whole, to the fragment that is least so far, the largest first."""
     sizes, places = [0] * fragments, [[slice(f, None, fragments) for f in range(fragments)] for _ in letters]
-    whole = [i for i, name in enumerate(letters) if not name.startswith("L")]
-    for i in sorted(whole, key=lambda i: -math.prod(shapes[i])):
-        to = sizes.index(min(sizes))
-        sizes[to] += math.prod(shapes[i])
-        places[i] = [slice(None) if f == to else None for f in range(fragments)]
+    layers = [shape[0] if name.startswith("L") else 0 for name, shape in zip(letters, shapes, strict=True)]
+    for i in sorted(range(len(letters)), key=lambda i: -math.prod(shapes[i])):
+        if layers[i] < fragments:
+            to = sizes.index(min(sizes))
+            sizes[to] += math.prod(shapes[i])
+            places[i] = [slice(None) if f == to else None for f in range(fragments)]
     return places
 
 
 def _moved(
-    config: DiLoCo, letters: str, rows: slice | None, theta: Array, mine: Array, momentum: Array, error: Array | None
+    config: DiLoCo,
+    rows: slice | None,
+    last: tuple[str, ...],
+    theta: Array,
+    mine: Array,
+    momentum: Array,
+    error: Array | None,
 ):
-    """One array's outer step in these rows: theta and momentum by Nesterov's rule, mine to the new theta."""
+    """One array's outer step in these rows: theta and momentum by Nesterov's rule, mine to the new theta.
+
+    `last`: the axes that cut its last dim.
+    """
     if rows is None:
         return theta, mine, momentum, error
     rows = () if theta.ndim == 0 else rows
     delta = theta[rows] - mine[rows]
-    layout = meshes.current()
-    stored = layout.rules.stored(letters, theta.shape, layout.mesh.shape)
-    mean, left = _mean(config.sent, letters, stored, delta if error is None else delta + error[rows])
+    mean, left = _mean(config.sent, delta if error is None else delta + error[rows], last)
     m = config.momentum * momentum[rows] + mean
     new = theta[rows] - config.lr * (mean + config.momentum * m)
     error = error if error is None else error.at[rows].set(left)
     return theta.at[rows].set(new), mine.at[rows].set(new), momentum.at[rows].set(m), error
 
 
-def _mean(sent: str, letters: str, stored: Mapping[str, Axes], delta: Array) -> tuple[Array, Array]:
+def _mean(sent: str, delta: Array, last: tuple[str, ...]) -> tuple[Array, Array]:
     """-> the mean of what all replicas sent, and what this one's rounding left over.
 
     Rounded differences are gathered and added in fp32 in the order of the replicas, so the sum has no rounding of its
@@ -131,25 +161,9 @@ def _mean(sent: str, letters: str, stored: Mapping[str, Axes], delta: Array) -> 
         return lax.pmean(delta, AXIS), jnp.zeros_like(delta)
     if sent == "bfloat16":
         parts = (delta.astype(jnp.bfloat16), jnp.ones((), jnp.float32))
-    else:  # int8, with a scale for each row
-        scale = jnp.maximum(jnp.abs(delta).max(axis=-1, keepdims=True), 1e-30) / 127.0
+    else:  # int8, with a scale for each row, the same on all devices that store a part of it
+        largest = jnp.abs(delta).max(axis=-1, keepdims=True)
+        scale = jnp.maximum(lax.pmax(largest, last) if last else largest, 1e-30) / 127.0
         parts = (jnp.round(delta / scale).astype(jnp.int8), scale)
     read = lambda rounded, scale: rounded.astype(jnp.float32) * scale  # noqa: E731
-    mean = _on_parts(lambda *parts: jax.vmap(read)(*lax.all_gather(parts, AXIS)).mean(axis=0), letters, stored, *parts)
-    return mean, delta - read(*parts)
-
-
-def _on_parts(
-    function: Callable[[Array, Array], Array], letters: str, stored: Mapping[str, Axes], x: Array, scale: Array
-) -> Array:
-    """`function` of what each device stores of x: left to the partitioner, a gather takes x whole. A fragment's rows may
-    not divide as all rows do."""
-    mesh, free = free_axes(meshes.current())
-    cut = [tuple(axis for axis in axes if axis in free) for axes in dims_of(stored, letters)]
-    cut = [axes if size % math.prod(free[axis] for axis in axes) == 0 else () for axes, size in zip(cut, x.shape)]
-    if not (names := {axis for axes in cut for axis in axes}):
-        return function(x, scale)
-    whole = PartitionSpec(*(axes or None for axes in cut))
-    of_scale = PartitionSpec(*(axes if size > 1 else None for axes, size in zip(whole, scale.shape)))
-    how = dict(mesh=mesh, axis_names=names, in_specs=(whole, of_scale), out_specs=whole, check_vma=False)
-    return jax.shard_map(function, **how)(x, scale)
+    return jax.vmap(read)(*lax.all_gather(parts, AXIS)).mean(axis=0), delta - read(*parts)

@@ -19,7 +19,7 @@ class DiLoCo:
 
     Douillard et al. 2023, arXiv 2311.08105, algorithm 1: outer SGD with Nesterov momentum on the mean difference. With
     more than one fragment, that of Streaming DiLoCo (Douillard et al. 2025, arXiv 2501.18512, section 2.1): a fragment
-    is every so many-th layer, and they take their turns spread over the `every` steps. What is `sent` is the difference
+    is every so many-th of the layers that a device stores, and they take their turns spread over the `every` steps. What is `sent` is the difference
     in this dtype; what rounding leaves over is sent the next time.
 
     By default the outer step is the mean, which is safe at any length. The papers take lr 0.7 and momentum 0.9 with 500
