@@ -1,6 +1,6 @@
 """DiLoCo's step: every replica updates its own parameters, and fragments of them meet in outer steps. Values: replicas.py.
 
-By hand over mesh axis `replica` alone; within a replica all other axes stay with the partitioner. Between outer steps
+A step is by hand over mesh axis `replica` alone; within a replica all other axes stay with the partitioner. Between outer steps
 nothing but three scalars of metrics crosses replicas.
 """
 
@@ -16,9 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-import meshes
-from meshes.place import free_axes
-from meshes.rules import dims_of
+from meshes.rules import Axes
 
 from jaxtrain.train.replicas import DiLoCo
 
@@ -48,70 +46,63 @@ def copies(replicas: int, tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (replicas, *x.shape)), tree)
 
 
-def step(
-    config: DiLoCo, mesh: Mesh, letters: Any, update: Callable[..., Any], state: tuple[Any, ...], batch: Any
-) -> tuple[Any, Any]:
-    """((completed, params, opt, outer), batch) -> ((params, opt, outer), what `update` says, summed over replicas).
+def inner(mesh: Mesh, update: Callable[..., Any], completed: Array, mine: Any, opt: Any, batch: Any) -> tuple[Any, ...]:
+    """-> (mine, opt, what `update` says, summed over replicas): one step of every replica on its own part of the batch.
 
-    `update(completed, params, opt, batch)` gives (params, opt, sums) of one replica. `letters` is a tree like params.
+    `update(completed, params, opt, batch)` gives (params, opt, sums) of one replica.
     """
+
+    def local(completed: Array, mine: Any, opt: Any, batch: Any) -> tuple[Any, ...]:
+        mine, opt, sums = update(completed, *jax.tree.map(lambda x: x[0], (mine, opt)), batch)
+        return *jax.tree.map(lambda x: x[None], (mine, opt)), lax.psum(sums, AXIS)
+
     own, shared = PartitionSpec(AXIS), PartitionSpec()
-    outer = Outer(local=own, momentum=shared, error=own)
-
-    def local(completed: Array, params: Any, opt: Any, outer: Outer, batch: Any) -> tuple[Any, Any]:
-        opt, mine, error = jax.tree.map(lambda x: x[0], (opt, outer.local, outer.error))
-        mine, opt, sums = update(completed, mine, opt, batch)
-        due = _due(config, completed + 1)
-        meetings = [lambda *kept: kept, *(_meeting(config, letters, f) for f in range(config.fragments))]
-        params, mine, momentum, error = lax.switch(due, meetings, params, mine, outer.momentum, error)
-        opt, mine, error = jax.tree.map(lambda x: x[None], (opt, mine, error))
-        return (params, opt, Outer(mine, momentum, error)), lax.psum(sums, AXIS)
-
-    specs = dict(in_specs=(shared, shared, own, outer, own), out_specs=((shared, own, outer), shared))
-    return jax.shard_map(local, mesh=mesh, axis_names={AXIS}, check_vma=False, **specs)(*state, batch)
+    specs = dict(in_specs=(shared, own, own, own), out_specs=(own, own, shared))
+    return jax.shard_map(local, mesh=mesh, axis_names={AXIS}, check_vma=False, **specs)(completed, mine, opt, batch)
 
 
-def _due(config: DiLoCo, completed: Array) -> Array:
-    """The number of the fragment that meets after this many steps, from 1; 0: none."""
+def meet(config: DiLoCo, last: int, mesh: Mesh, letters: Any, shardings: Any, completed: Array, kept: Any) -> Any:
+    """(params, outer) -> the same after the outer step that is due: after `last` steps, the run's, that of all fragments.
+
+    `letters` is a tree like params, `shardings` one like `kept`. By hand over all axes, on what each device stores: the
+    partitioner aborts on a scatter into rows that one axis cuts beside another, and takes what is gathered whole.
+    """
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    turns = dict.fromkeys([*((config.fragments, fragment) for fragment in range(config.fragments)), (1, 0)])
+    meetings = [lambda *kept: kept, *(_meeting(config, letters, specs[0], *turn) for turn in turns)]
+
+    def local(completed: Array, kept: Any) -> Any:
+        params, outer = kept
+        mine, error = jax.tree.map(lambda x: x[0], (outer.local, outer.error))
+        params, mine, momentum, error = lax.switch(_due(config, last, completed), meetings, params, mine, outer.momentum, error)
+        mine, error = jax.tree.map(lambda x: x[None], (mine, error))
+        return params, Outer(mine, momentum, error)
+
+    how = dict(in_specs=(PartitionSpec(), specs), out_specs=specs, check_vma=False)
+    return jax.shard_map(local, mesh=mesh, **how)(completed, kept)
+
+
+def _due(config: DiLoCo, last: int, completed: Array) -> Array:
+    """The number of the fragment that meets after this many steps, from 1; the number after several: all; 0: none."""
+    closing = config.fragments + (config.fragments > 1)
     turns = jnp.array([f * config.every // config.fragments for f in range(config.fragments)])
     met = turns == completed % config.every
-    return jnp.where(met.any(), 1 + jnp.argmax(met), 0)
+    return jnp.where(completed == last, closing, jnp.where(met.any(), 1 + jnp.argmax(met), 0))
 
 
-def _meeting(config: DiLoCo, letters: Any, fragment: int) -> Callable[..., tuple[Any, ...]]:
-    """The outer step of one fragment: (params, mine, momentum, error) -> the same, moved.
-
-    By hand over all axes, on what each device stores: the partitioner aborts on a scatter into rows that one axis cuts
-    beside another, and takes what is gathered whole.
-    """
+def _meeting(config: DiLoCo, letters: Any, specs: Any, fragments: int, fragment: int) -> Callable[..., tuple[Any, ...]]:
+    """The outer step of one of so many fragments: (params, mine, momentum, error) -> the same, moved."""
     names, tree = jax.tree.flatten(letters)
+    lasts = [spec[-1] if spec else None for spec in tree.flatten_up_to(specs)]
 
-    def meet(params: Any, mine: Any, momentum: Any, error: Any) -> tuple[Any, ...]:
-        mesh, cuts, free = _cuts(names, jax.tree.leaves(params))
+    def meeting(*kept: Any) -> tuple[Any, ...]:
+        columns = [tree.flatten_up_to(x) if x != () else [None] * len(names) for x in kept]
+        places = _places(fragments, names, [x.shape for x in columns[0]])
+        leaves = zip([place[fragment] for place in places], lasts, *columns, strict=True)
+        *moved, left = (tree.unflatten(column) for column in zip(*(_moved(config, *leaf) for leaf in leaves)))
+        return *moved, left if kept[-1] != () else ()
 
-        def local(*kept: Any) -> tuple[Any, ...]:
-            columns = [tree.flatten_up_to(x) if x != () else [None] * len(names) for x in kept]
-            places = _places(config.fragments, names, [x.shape for x in columns[0]])
-            leaves = zip([place[fragment] for place in places], [cut[-1] if cut else () for cut in cuts], *columns, strict=True)
-            *moved, left = (tree.unflatten(column) for column in zip(*(_moved(config, *leaf) for leaf in leaves)))
-            return *moved, left if error != () else ()
-
-        kept = (params, mine, momentum, error)
-        if not free:
-            return local(*kept)
-        stored = tree.unflatten([PartitionSpec(*(axes or None for axes in cut)) for cut in cuts])
-        specs = tuple(stored if x != () else () for x in kept)
-        return jax.shard_map(local, mesh=mesh, axis_names=free, in_specs=specs, out_specs=specs, check_vma=False)(*kept)
-
-    return meet
-
-
-def _cuts(letters: list[str], arrays: list[Array]) -> tuple[Any, list[list[tuple[str, ...]]], set[str]]:
-    """The mesh, the axes that cut each dim of each array where it is stored, and all axes that are left to cut."""
-    layout = meshes.current()
-    mesh, free = free_axes(layout)
-    stored = [dims_of(layout.rules.stored(n, x.shape, layout.mesh.shape), n) for n, x in zip(letters, arrays, strict=True)]
-    return mesh, [[tuple(axis for axis in axes if axis in free) for axes in dims] for dims in stored], set(free)
+    return meeting
 
 
 def _places(fragments: int, letters: list[str], shapes: list[tuple[int, ...]]) -> list[list[slice | None]]:
@@ -130,7 +121,7 @@ def _places(fragments: int, letters: list[str], shapes: list[tuple[int, ...]]) -
 def _moved(
     config: DiLoCo,
     rows: slice | None,
-    last: tuple[str, ...],
+    last: Axes,
     theta: Array,
     mine: Array,
     momentum: Array,
@@ -151,7 +142,7 @@ def _moved(
     return theta.at[rows].set(new), mine.at[rows].set(new), momentum.at[rows].set(m), error
 
 
-def _mean(sent: str, delta: Array, last: tuple[str, ...]) -> tuple[Array, Array]:
+def _mean(sent: str, delta: Array, last: Axes) -> tuple[Array, Array]:
     """-> the mean of what all replicas sent, and what this one's rounding left over.
 
     Rounded differences are gathered and added in fp32 in the order of the replicas, so the sum has no rounding of its

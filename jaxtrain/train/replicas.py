@@ -19,15 +19,16 @@ class DiLoCo:
 
     Douillard et al. 2023, arXiv 2311.08105, algorithm 1: outer SGD with Nesterov momentum on the mean difference. With
     more than one fragment, that of Streaming DiLoCo (Douillard et al. 2025, arXiv 2501.18512, section 2.1): a fragment
-    is every so many-th of the layers that a device stores, and they take their turns spread over the `every` steps. What is `sent` is the difference
-    in this dtype; what rounding leaves over is sent the next time.
+    is every so many-th of the layers that a device stores, and they take their turns spread over the `every` steps. What
+    is `sent` is the difference in this dtype; what rounding leaves over is sent the next time. After the last step of the
+    run all fragments meet, so that what is evaluated and exported then has every step in it.
 
     By default the outer step is the mean, which is safe at any length. The papers take lr 0.7 and momentum 0.9 with 500
     steps between many outer steps; in the 50 of the quickstart with every = 10 that ends at a loss of 2.17, lr 0.8 and
     momentum 0.4 at 1.57, the mean at 1.53, plain data parallelism at 1.52.
     """
 
-    every: int = 100  # steps between two outer steps of one fragment
+    every: int = 100  # steps between two outer steps of one fragment; more than the run has: one, at its end
     lr: float = 1.0
     momentum: float = 0.0
     fragments: int = 1

@@ -42,6 +42,7 @@ def train_step(blueprint: Blueprint) -> Callable[[State, Batch, Array], tuple[St
             state, (sums, extras, norm) = _advance(blueprint, before, batch)
             if skips := isinstance(config.health.not_finite, Skip):
                 state, skipped = _kept_if_bad(before, state, sums.nll / sums.count, norm)
+            state = _met(blueprint, state)
             metrics = {
                 "train/loss": sums.nll / sums.count,
                 "train/grad_norm": norm,
@@ -86,16 +87,24 @@ def compiled_ahead(blueprint: Blueprint) -> Callable[[State, Batch, Array], tupl
 
 def _advance(blueprint: Blueprint, state: State, batch: Batch) -> tuple[State, tuple[Sums, Extras, Array]]:
     """-> the next state; sums and extras of the whole batch; the gradient's norm (of replicas that train apart: the mean)."""
-    together = state.step, state.params, state.opt
-    if not isinstance(replicas := blueprint.config.replicas, DiLoCo):
-        params, opt, sums = _update(blueprint, *together, batch)
+    if not isinstance(blueprint.config.replicas, DiLoCo):
+        params, opt, sums = _update(blueprint, state.step, state.params, state.opt, batch)
         return State(step=state.step + 1, params=params, opt=opt), sums
-    update = partial(_update, blueprint)
-    kept, (sums, extras, norm) = diloco.step(
-        replicas, blueprint.mesh, blueprint.letters.params, update, (*together, state.outer), batch
-    )
-    params, opt, outer = kept
-    return State(state.step + 1, params, opt, outer), (sums, extras, norm / blueprint.mesh.shape[diloco.AXIS])
+    update, mesh = partial(_update, blueprint), blueprint.mesh
+    mine, opt, (sums, extras, norm) = diloco.inner(mesh, update, state.step, state.outer.local, state.opt, batch)
+    outer = dataclasses.replace(state.outer, local=mine)
+    return State(state.step + 1, state.params, opt, outer), (sums, extras, norm / mesh.shape[diloco.AXIS])
+
+
+def _met(blueprint: Blueprint, state: State) -> State:
+    """The state after the outer step that is due, if any, whether or not the update before it was kept."""
+    config = blueprint.config
+    if not isinstance(config.replicas, DiLoCo):
+        return state
+    where = blueprint.shardings.params, blueprint.shardings.outer
+    how = config.replicas, config.steps, blueprint.mesh, blueprint.letters.params, where
+    params, outer = diloco.meet(*how, state.step, (state.params, state.outer))
+    return dataclasses.replace(state, params=params, outer=outer)
 
 
 def _kept_if_bad(before: State, after: State, *watched: Array) -> tuple[State, Array]:

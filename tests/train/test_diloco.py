@@ -19,6 +19,7 @@ import meshes
 from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
 from jaxtrain.errors import ConfigError
 from jaxtrain.observe.hlo import collectives
+from jaxtrain.resilience.health import Health, Skip
 from jaxtrain.train import diloco, pipeline
 from jaxtrain.train.optim import Optimizer
 from jaxtrain.train.replicas import DiLoCo, Together
@@ -75,6 +76,10 @@ def _assert_close(ours, reference):
         np.testing.assert_allclose(x, y, rtol=0, atol=REORDERED * np.abs(y).max(), err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(compare, jax.device_get(ours), jax.device_get(reference))
+
+
+def _assert_moved(ours, before):
+    assert all(np.any(x != y) for x, y in zip(*(jax.tree.leaves(jax.device_get(tree)) for tree in (ours, before))))
 
 
 LAYOUTS = {
@@ -179,7 +184,7 @@ def test_int8_differences_train_as_well_as_exact_ones():
 
 
 def test_a_resumed_run_has_the_same_bits(tmp_path):
-    config = dataclasses.replace(CONFIG, optim=TINY.optim, replicas=DiLoCo(every=3, sent="int8"))
+    config = dataclasses.replace(CONFIG, steps=5, optim=TINY.optim, replicas=DiLoCo(every=3, sent="int8"))
     blueprint = _start(config, replica=2, fsdp=2)
     undisturbed, losses = _run(blueprint, 0, 5)
     state, first = _run(blueprint, 0, 2)
@@ -190,6 +195,32 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
     resumed, rest = _run(blueprint, 2, 5, restored)
     assert first + rest == losses
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(undisturbed))
+
+
+@pytest.mark.parametrize("fragments", [1, pytest.param(2, marks=SLOW)])
+def test_every_step_is_in_the_parameters_when_the_run_ends(fragments):
+    """The last step comes before any turn: what a run evaluates and exports then is not what it began with."""
+    config = dataclasses.replace(CONFIG, steps=3)
+    outer = DiLoCo(every=100, fragments=fragments, lr=0.7, momentum=0.9)
+    ours, _ = _run(_start(dataclasses.replace(config, replicas=outer), replica=2, fsdp=2), 0, 3)
+    due, _ = _run(_start(dataclasses.replace(config, replicas=dataclasses.replace(outer, every=3, fragments=1)), replica=2), 0, 3)
+    _assert_close((ours.params, ours.outer.momentum), (due.params, due.outer.momentum))
+    for i in range(2):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[i], ours.outer.local), ours.params)
+    _assert_moved(ours.params, _start(config).init().params)
+
+
+def test_a_step_that_is_skipped_keeps_its_meeting():
+    config = dataclasses.replace(CONFIG, steps=2, health=Health(not_finite=Skip()))
+    blueprint = _start(dataclasses.replace(config, replicas=DiLoCo(every=100)), replica=2)
+    state, _ = _run(blueprint, 0, 1)
+    local = jax.device_get(state.outer.local)
+    batch = _batch(blueprint, 1)
+    batch["weights"] = jax.device_put(np.full((8, 32), np.nan, np.float32), blueprint.batch_sharding())
+    stop = jax.device_put(np.zeros(2, np.int32), meshes.per_device(blueprint.mesh))
+    state, metrics = _step(blueprint)(state, batch, stop)
+    assert metrics["train/skipped"] == 1
+    _assert_close(state.params, jax.tree.map(lambda x: x.mean(0), local))
 
 
 def test_replicas_store_apart_what_any_rules_would_spread_over_them():
@@ -281,4 +312,4 @@ def test_fragments_meet_where_layers_are_divided_among_stages(sizes, sent):
     one, _ = _run(_start(config, replica=2), 0, 4)
     ours, _ = _run(blueprint, 0, 4)
     _assert_close(_exact(ours), _exact(one))
-    assert all(np.any(x != y) for x, y in zip(*(jax.tree.leaves(jax.device_get(p)) for p in (ours.params, blueprint.init().params))))
+    _assert_moved(ours.params, blueprint.init().params)
