@@ -61,6 +61,14 @@ def sharding(mesh: Mesh, letters: Letters, mapping: Mapping[str, Axes]) -> Named
     return NamedSharding(mesh, _spec(letters, mapping, keep=lambda axis: mesh.shape.get(axis, 1) > 1))
 
 
+def aligned(like: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding for an array of another first dim, or of one dim more or less before the others: whole if it must."""
+    spec = (None, *like.spec)[1 + len(like.spec) - len(shape) :]
+    names = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+    divides = [dim % math.prod(like.mesh.shape[axis] for axis in axes) == 0 for dim, axes in zip(shape, names, strict=True)]
+    return NamedSharding(like.mesh, PartitionSpec(*(axes if fits else None for axes, fits in zip(spec, divides))))
+
+
 def shardings(mesh: Mesh, mapping: Mapping[str, Axes], letters: Any) -> Any:
     """A pytree of letters -> the same tree of NamedSharding. A leaf None or "" is replicated."""
     return jax.tree.map(lambda leaf: sharding(mesh, leaf or "", mapping), letters, is_leaf=lambda leaf: leaf is None)

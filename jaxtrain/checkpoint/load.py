@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jaxtrain.checkpoint.names import named, nested, renamed
 from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.cluster import few
 from jaxtrain.errors import CheckpointError, closest
+from meshes.place import aligned
 
 T = TypeVar("T")
 
@@ -53,9 +56,38 @@ def restore(
     return renamed(abstract, _fetch(folder, found, _matched(folder, entries, abstract), branch, shared, deadline))
 
 
-def restore_whole(folder: Path, abstract: Any, deadline: Deadline) -> tuple[Any, Manifest]:
-    """One checkpoint as a tree like `abstract`, and its manifest; every process of the job calls it."""
+class Source(NamedTuple):
+    """Of a wanted array: the saved one by name, and what is made of it, traced by jit."""
+
+    name: str
+    make: Callable[[jax.Array], jax.Array]
+
+
+class Change(NamedTuple):
+    """How a state is made of one of another form: each wanted array's source, saved ones not needed, all in words."""
+
+    sources: Mapping[str, Source]
+    dropped: frozenset[str]
+    why: str
+
+
+Changes = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]], Change | None]
+
+
+def restore_whole(
+    folder: Path, abstract: Any, deadline: Deadline, changes: Changes = lambda saved, wanted: None
+) -> tuple[Any, Manifest]:
+    """One checkpoint as a tree like `abstract`, and its manifest; every process of the job calls it.
+
+    `changes`, of saved and wanted shapes, says how another form is made of what was saved; that is said on stderr.
+    """
     found = _manifest(folder, True, deadline)
+    shapes = [{name: tuple(x.shape) for name, x in tree.items()} for tree in (found.arrays, named(abstract))]
+    if change := changes(*shapes):
+        state = renamed(abstract, _made(folder, found, named(abstract), change, deadline))
+        if peers.is_lead():
+            print(f"the checkpoint of step {found.step}: {change.why}", file=sys.stderr, flush=True)
+        return state, found
     return renamed(abstract, _fetch(folder, found, _matched(folder, found.arrays, abstract), "", True, deadline)), found
 
 
@@ -162,6 +194,29 @@ def _matched(folder: Path, entries: Mapping[str, ArrayEntry], abstract: Any) -> 
             fix="the config that the checkpoint was made with (jaxtrain checkpoint show), or only='params'",
         )
     return {name: _shape(entries[name], getattr(leaf, "sharding", None) or _first_device()) for name, leaf in wanted.items()}
+
+
+def _made(
+    folder: Path, found: Manifest, wanted: Mapping[str, Any], change: Change, deadline: Deadline
+) -> dict[str, jax.Array]:
+    """The wanted arrays of a checkpoint of another form, one after the other: a device holds one as saved at a time."""
+    kept = {name: entry for name, entry in found.arrays.items() if name not in change.dropped}
+    forms = {name: _form(kept[source.name], source) for name, source in change.sources.items() if source.name in kept}
+    used = {source.name for source in change.sources.values()}
+    _matched(folder, forms | {name: entry for name, entry in kept.items() if name not in used}, wanted)
+    arrays = {}
+    for name, leaf in wanted.items():
+        source = change.sources[name]
+        saved = _shape(found.arrays[source.name], aligned(leaf.sharding, found.arrays[source.name].shape))
+        read = _fetch(folder, found, {source.name: saved}, "", True, deadline)
+        arrays[name] = jax.block_until_ready(jax.jit(source.make, out_shardings=leaf.sharding)(read.pop(source.name)))
+    return arrays
+
+
+def _form(entry: ArrayEntry, source: Source) -> ArrayEntry:
+    """What the source's array becomes."""
+    made = jax.eval_shape(source.make, jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype)))
+    return replace(entry, shape=made.shape, dtype=str(made.dtype))
 
 
 def _spans_processes(abstract: Any, mesh: Mesh | None) -> bool:

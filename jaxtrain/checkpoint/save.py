@@ -63,11 +63,12 @@ class _Save:
 class Checkpoints:
     """The checkpoints in one folder. Every process makes one, and calls its methods in the same order.
 
-    Opening it makes the folder and removes what unfinished saves left there. Raises CheckpointError, here and below.
+    Opening it makes the folder and removes what unfinished saves left there. `changes`: how states of another form are
+    restored (load.restore_whole). Raises CheckpointError, here and below.
     """
 
-    def __init__(self, directory: str | Path, config: CheckpointConfig):
-        self.directory, self.config = Path(directory).absolute(), config
+    def __init__(self, directory: str | Path, config: CheckpointConfig, changes: load.Changes = lambda saved, wanted: None):
+        self.directory, self.config, self._changes = Path(directory).absolute(), config, changes
         self._buffers = HostBuffers()
         self._pending: tuple[_Save, Future[None]] | None = None
         self._stuck: Future[None] | None = None  # a save that was given up, and may write still
@@ -173,7 +174,7 @@ class Checkpoints:
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, Manifest]:
         """One checkpoint as `latest` would give it. Raises DamagedError, on every process."""
         try:
-            return load.restore_whole(self.directory / str(step), abstract_state, self._deadline())
+            return load.restore_whole(self.directory / str(step), abstract_state, self._deadline(), self._changes)
         except DamagedError:
             self._damaged.add(step)
             raise

@@ -53,9 +53,10 @@ def known(own: Path, run: str, abstract: Any, deadline: Deadline) -> Known:
     def report() -> dict[str, list[Any]]:
         parts = _parts(own, run)
         groups = slots.by_moment(parts)
-        whole = [m for m, those in groups.items() if those[0].header.arrays == kinds and slots.covered(those, needs)]
+        alike = {moment: those for moment, those in groups.items() if those[0].header.arrays == kinds}
+        whole = [moment for moment, those in alike.items() if slots.covered(those, needs)]
         restarts = {(part.header.moment.generation, part.header.since) for part in parts}
-        return {"seen": list(groups), "whole": whole, "restarts": list(restarts)}
+        return {"seen": list(groups), "other": list(groups.keys() - alike), "whole": whole, "restarts": list(restarts)}
 
     whole, lacking = peers.agree(peers.new_round(), report, _agreed, deadline)
     return Known([Moment(*m) for m in whole], {Moment(*m): why for m, why in lacking})
@@ -102,11 +103,14 @@ def _agreed(reports: list[dict[str, list[Any]]]) -> tuple[list[Moment], list[tup
     """By the lead: what is whole for all and has not been undone; of the rest, why not."""
     restarts = {tuple(pair) for report in reports for pair in report["restarts"]}
     whole_of = [{Moment(*m) for m in report["whole"]} for report in reports]
+    other = {Moment(*m) for report in reports for m in report["other"]}
     whole, lacking = [], []
     for moment in sorted({Moment(*m) for report in reports for m in report["seen"]}, reverse=True):
         without = [process for process, found in enumerate(whole_of) if moment not in found]
         if slots.undone(moment, restarts):
             lacking.append((moment, "a restart went on from before it"))
+        elif moment in other:
+            lacking.append((moment, "its arrays have other shapes (of another number of replicas that train apart?)"))
         elif without:
             lacking.append((moment, f"process {few(without)} does not find all parts of it"))
         else:

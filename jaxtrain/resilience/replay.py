@@ -116,13 +116,14 @@ def _newest(blueprint: Any, up_to: int) -> Start:
     from jaxtrain.checkpoint import files, load
     from jaxtrain.checkpoint.manifest import DamagedError
     from jaxtrain.resilience.rollback import Start
+    from jaxtrain.train import regroup
 
     config = blueprint.config
     folder = (config.run_dir / "checkpoints").absolute()
     seconds = config.checkpoint.deadline_seconds
     for step in reversed([step for step in files.numbered(folder) if step <= up_to]):
         try:
-            state, found = load.restore_whole(folder / str(step), blueprint.abstract, Deadline(seconds))
+            state, found = load.restore_whole(folder / str(step), blueprint.abstract, Deadline(seconds), regroup.change)
             return Start(state, found.step, found.data)
         except DamagedError as error:
             print(f"skipped the checkpoint of step {step}: {error}", file=sys.stderr, flush=True)

@@ -19,9 +19,9 @@ class DiLoCo:
 
     Douillard et al. 2023, arXiv 2311.08105, algorithm 1: outer SGD with Nesterov momentum on the mean difference. With
     more than one fragment, that of Streaming DiLoCo (Douillard et al. 2025, arXiv 2501.18512, section 2.1): a fragment
-    is every so many-th of the layers that a device stores, and they take their turns spread over the `every` steps. What
-    is `sent` is the difference in this dtype; what rounding leaves over is sent the next time. After the last step of the
-    run all fragments meet, so that what is evaluated and exported then has every step in it.
+    is every so many-th of the layers that a device stores, and they take their turns spread over the `every` steps.
+    What is `sent` is the difference in this dtype; what rounding leaves over is sent the next time. After the last step
+    of the run all fragments meet, so that what is evaluated and exported then has every step in it.
 
     By default the outer step is the mean, which is safe at any length. The papers take lr 0.7 and momentum 0.9 with 500
     steps between many outer steps; in the 50 of the quickstart with every = 10 that ends at a loss of 2.17, lr 0.8 and

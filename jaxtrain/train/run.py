@@ -37,6 +37,7 @@ from jaxtrain.resilience.replay import recompute
 from jaxtrain.resilience.rollback import Start, roll_back
 from jaxtrain.resilience.snapshots import Snapshots
 from jaxtrain.resilience.verified import Verified
+from jaxtrain.train import regroup
 from jaxtrain.train.choices import chosen
 from jaxtrain.train.evaluate import Evaluator, open_data
 from jaxtrain.train.loop import Loop, Rewound, Unequal
@@ -175,7 +176,7 @@ def _open(
     runtime.compare_fingerprints(on_disk, deadline_s=300)
     data = open_data(config, config.data, process.lead)
     evaluator = Evaluator(blueprint, process.lead) if config.eval else None
-    checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
+    checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint, regroup.change)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
     stack.callback(verified.settle)
     copies = Copies(blueprint) if every else None

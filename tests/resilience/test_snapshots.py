@@ -160,8 +160,9 @@ def test_another_runs_snapshots_are_not_looked_at_and_go(taken, opened, folder):
     assert slots.snapshots(folder) == []
 
 
-def test_a_state_of_another_shape_is_not_whole(taken):
-    assert taken(1).known({"x": jnp.ones(3)}).whole == []
+def test_a_state_of_another_shape_is_not_whole_and_says_so(taken):
+    known = taken(1).known({"x": jnp.ones(3)})
+    assert known.whole == [] and "another number of replicas" in known.lacking[Moment(1, 1)]
 
 
 def test_a_budget_that_is_too_small_is_obeyed_and_said_once_with_its_numbers(opened, folder, capsys):

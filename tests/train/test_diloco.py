@@ -17,10 +17,10 @@ import pytest
 
 import meshes
 from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import CheckpointError, ConfigError
 from jaxtrain.observe.hlo import collectives
 from jaxtrain.resilience.health import Health, Skip
-from jaxtrain.train import diloco, pipeline
+from jaxtrain.train import diloco, pipeline, regroup
 from jaxtrain.train.optim import Optimizer
 from jaxtrain.train.replicas import DiLoCo, Together
 from jaxtrain.train.schedule import WSD
@@ -221,6 +221,61 @@ def test_a_step_that_is_skipped_keeps_its_meeting():
     state, metrics = _step(blueprint)(state, batch, stop)
     assert metrics["train/skipped"] == 1
     _assert_close(state.params, jax.tree.map(lambda x: x.mean(0), local))
+
+
+def _saved(tmp_path, blueprint, state, wanted):
+    """-> the state as another blueprint restores it."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), regroup.change)
+    checkpoints.save(int(state.step), state, config={}, data={}, letters=blueprint.letters)
+    restored, _ = checkpoints.latest(wanted.abstract)
+    checkpoints.close()
+    jax.tree.map(lambda x, s: _assert_equal(x.sharding, s), restored, wanted.shardings)
+    return restored
+
+
+def _assert_equal(x, y):
+    assert x == y
+
+
+@pytest.mark.parametrize("sizes", [dict(replica=4), dict(replica=2, fsdp=4)], ids=str)
+def test_another_number_of_replicas_goes_on_from_the_mean_of_those_that_were_saved(sizes, tmp_path, capfd):
+    config = dataclasses.replace(CONFIG, optim=TINY.optim, replicas=DiLoCo(every=3, sent="int8", lr=0.7, momentum=0.9))
+    blueprint = _start(config, replica=6 - sizes["replica"], fsdp=2)
+    state, other = _run(blueprint, 0, 4)[0], _start(config, **sizes)
+    restored = _saved(tmp_path, blueprint, state, other)
+    said = capfd.readouterr().err
+    assert f"{6 - sizes['replica']} replicas trained apart and {sizes['replica']} go on, each from their mean" in said
+    shared = lambda s: (s.step, s.params, s.outer.momentum)  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(shared(s)) for s in (restored, state)))
+    own = lambda s: jax.device_get((s.opt, s.outer.local, s.outer.error))  # noqa: E731
+    for i in range(sizes["replica"]):
+        _assert_close(jax.tree.map(lambda x: x[i], own(restored)), jax.tree.map(lambda x: x.mean(0), own(state)))
+    ours, losses = _run(other, 4, 6, restored)
+    _assert_moved(ours.params, jax.device_get(state.params))
+    assert losses[-1] < _run(other, 4, 5)[1][0]  # than with parameters that were just drawn
+
+
+def test_replicas_that_train_apart_and_together_go_on_from_each_other(tmp_path, capfd):
+    config = dataclasses.replace(CONFIG, optim=TINY.optim)
+    together, apart = _start(config, replica=2), _start(dataclasses.replace(config, replicas=DiLoCo(every=1, sent="int8")), replica=2)
+    plain, _ = _run(together, 0, 2)
+    began = _saved(tmp_path / "apart", together, plain, apart)
+    assert "2 replicas train apart from here on, each from the same" in capfd.readouterr().err
+    for i in range(2):
+        ours = began.params, *jax.tree.map(lambda x: x[i], jax.device_get((began.outer.local, began.opt)))
+        jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (ours, (plain.params, plain.params, plain.opt))))
+    assert not any(np.any(x) for x in jax.tree.leaves(jax.device_get((began.outer.momentum, began.outer.error))))
+    back = _saved(tmp_path / "together", apart, began, together)
+    assert "go on together, from their mean; what rounding left unsent is dropped, and the outer momentum" in capfd.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), jax.device_get(plain))
+
+
+def test_other_parameters_are_refused_whatever_the_replicas(tmp_path):
+    config = dataclasses.replace(CONFIG, replicas=DiLoCo())
+    wide = dataclasses.replace(config, model=dataclasses.replace(CONFIG.model, ffn=64))
+    blueprint = _start(config, replica=2)
+    with pytest.raises(CheckpointError, match="12 arrays differ"):
+        _saved(tmp_path, blueprint, blueprint.init(), _start(wide, replica=4))
 
 
 def test_replicas_store_apart_what_any_rules_would_spread_over_them():
