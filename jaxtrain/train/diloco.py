@@ -1,7 +1,8 @@
 """DiLoCo's step: every replica updates its own parameters, and fragments of them meet in outer steps. Values: replicas.py.
 
-A step is by hand over mesh axis `replica` alone; within a replica all other axes stay with the partitioner. Between outer steps
-nothing but three scalars of metrics crosses replicas.
+A step is by hand over mesh axis `replica` alone; within a replica all other axes stay with the partitioner. Between
+outer steps what crosses replicas is what a step says of itself: the loss's sums, the gradient's norm, and the model's
+extras, for a mixture two numbers for each expert of each layer.
 """
 
 from __future__ import annotations
@@ -47,18 +48,23 @@ def copies(replicas: int, tree: Any) -> Any:
 
 
 def inner(mesh: Mesh, update: Callable[..., Any], completed: Array, mine: Any, opt: Any, batch: Any) -> tuple[Any, ...]:
-    """-> (mine, opt, what `update` says, summed over replicas): one step of every replica on its own part of the batch.
+    """-> (mine, opt, sums over replicas): one step of every replica on its own part of the batch.
 
-    `update(completed, params, opt, batch)` gives (params, opt, sums) of one replica.
+    `update(completed, params, opt, batch)` gives (params, opt, sums) of one replica, the sums by `summed`.
     """
 
     def local(completed: Array, mine: Any, opt: Any, batch: Any) -> tuple[Any, ...]:
         mine, opt, sums = update(completed, *jax.tree.map(lambda x: x[0], (mine, opt)), batch)
-        return *jax.tree.map(lambda x: x[None], (mine, opt)), lax.psum(sums, AXIS)
+        return *jax.tree.map(lambda x: x[None], (mine, opt)), sums
 
     own, shared = PartitionSpec(AXIS), PartitionSpec()
     specs = dict(in_specs=(shared, own, own, own), out_specs=(own, own, shared))
     return jax.shard_map(local, mesh=mesh, axis_names={AXIS}, check_vma=False, **specs)(completed, mine, opt, batch)
+
+
+def summed(sums: Any) -> Any:
+    """Over replicas, within an `update`."""
+    return lax.psum(sums, AXIS)
 
 
 def meet(config: DiLoCo, last: int, mesh: Mesh, letters: Any, shardings: Any, completed: Array, kept: Any) -> Any:

@@ -88,9 +88,9 @@ def compiled_ahead(blueprint: Blueprint) -> Callable[[State, Batch, Array], tupl
 def _advance(blueprint: Blueprint, state: State, batch: Batch) -> tuple[State, tuple[Sums, Extras, Array]]:
     """-> the next state; sums and extras of the whole batch; the gradient's norm (of replicas that train apart: the mean)."""
     if not isinstance(blueprint.config.replicas, DiLoCo):
-        params, opt, sums = _update(blueprint, state.step, state.params, state.opt, batch)
+        params, opt, sums = _update(blueprint, lambda sums: sums, state.step, state.params, state.opt, batch)
         return State(step=state.step + 1, params=params, opt=opt), sums
-    update, mesh = partial(_update, blueprint), blueprint.mesh
+    update, mesh = partial(_update, blueprint, diloco.summed), blueprint.mesh
     mine, opt, (sums, extras, norm) = diloco.inner(mesh, update, state.step, state.outer.local, state.opt, batch)
     outer = dataclasses.replace(state.outer, local=mine)
     return State(state.step + 1, state.params, opt, outer), (sums, extras, norm / mesh.shape[diloco.AXIS])
@@ -117,14 +117,20 @@ def _kept_if_bad(before: State, after: State, *watched: Array) -> tuple[State, A
     return dataclasses.replace(kept, step=after.step), bad.astype(jnp.int32)
 
 
-def _update(blueprint: Blueprint, completed: Array, params: Any, opt: Any, batch: Batch) -> tuple[Any, Any, Any]:
-    """-> parameters and optimizer state after one update; (sums, extras, gradient's norm before clipping)."""
+def _update(
+    blueprint: Blueprint, whole: Callable[[Any], Any], completed: Array, params: Any, opt: Any, batch: Batch
+) -> tuple[Any, Any, Any]:
+    """-> parameters and optimizer state after one update; (sums, extras, gradient's norm before clipping), made `whole`.
+
+    `whole` sums over the replicas that train apart: what follows the load of experts follows that of the whole batch.
+    """
     (sums, extras), grads = _gradients(blueprint, params, batch)
     norm, clip = optax.tree.norm(grads), blueprint.config.optim.clip
     if clip is not None:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / norm), grads)
     updates, opt = blueprint.tx.update(grads, opt, params)
     rate = _rate(blueprint, completed)
+    sums, extras, norm = whole((sums, extras, norm))
     params = blueprint.model(params).after_update(jax.tree.map(lambda p, u: p - rate * u, params, updates), extras)
     return params, opt, (sums, extras, norm)
 

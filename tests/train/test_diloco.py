@@ -26,6 +26,7 @@ from jaxtrain.train.replicas import DiLoCo, Together
 from jaxtrain.train.schedule import WSD
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import lowered, train_step
+from tests.parity.test_experts import MODELS
 from tests.tiny import TINY
 
 # Relative to the largest entry of an array: sums over tokens in another order, in fp32.
@@ -112,6 +113,17 @@ def test_an_outer_step_of_rate_1_after_every_step_is_plain_data_parallelism(size
     np.testing.assert_allclose(losses, expected, rtol=REORDERED)
     _assert_close(ours.params, plain.params)
     _assert_close(jax.tree.map(lambda x: x[1], ours.outer.local), plain.params)
+
+
+def test_after_every_step_the_biases_of_experts_follow_the_load_of_all_replicas():
+    """The sign of the summed load is no mean of the signs of two."""
+    config = dataclasses.replace(CONFIG, model=MODELS["mla moe"])
+    ours, losses = _run(_start(dataclasses.replace(config, replicas=DiLoCo(every=1)), replica=2), 0, 2)
+    plain, expected = _run(_start(config, replica=2), 0, 2)
+    np.testing.assert_allclose(losses, expected, rtol=REORDERED)
+    _assert_close(ours.params, plain.params)
+    biases = [np.abs(x).max() for name, x in jax.device_get(plain.params).items() if "router_bias" in name]
+    assert biases and min(biases) > 0
 
 
 def test_outer_steps_equal_replicas_trained_one_by_one_and_nesterov_in_float64():
