@@ -162,7 +162,7 @@ EXCHANGED = {"dropless, padded": (meshes.DEFAULT, 4 * 32 * 2), "capacity": (CAPP
 def test_a_layer_exchanges_tokens_four_times_and_nothing_else_of_their_size(rules, rows):
     """Forward there and back, backward there and back; fp32 rows of D. Padded: 4 peers x 32 tokens x 2 choices of a
     device's one sequence; capacity: 8 experts x 0.75 x 32 x 2 / 8. What else crosses `expert` is smaller than 1 kB a time,
-    but for gradients, and copies of the router."""
+    but for what has no E and is stored over `fsdp` and `expert`: its weights, gathered forward and backward, and gradients."""
     config = dataclasses.replace(_config("moe", rules=rules), mesh=meshes.MeshConfig(expert=4, fsdp=2))
     blueprint = Blueprint(config, mesh := meshes.make(config.mesh))
     program = lowered(blueprint).compile().as_text()
@@ -170,7 +170,10 @@ def test_a_layer_exchanges_tokens_four_times_and_nothing_else_of_their_size(rule
     large = [x for x in over if x.kind == "all-to-all" and x.bytes > 1024]
     assert sum(x.times for x in large) == 4 * config.model.num_layers
     assert {x.bytes for x in large} == {rows * config.model.dim * 4}
-    assert all(x.bytes <= 1024 for x in over if x.kind == "all-gather")
+    gathers = [x for x in over if x.kind == "all-gather" and x.bytes > 1024]
+    assert {x.axes for x in gathers} == {("fsdp", "expert")}
+    weights = [4 * p.size // 2 for name, p in config.model.parameters().items() if name in ("q_LDNH", "k_LDKH", "v_LDKH", "o_LNHD")]
+    assert sorted(x.bytes for x in gathers if x.times == 2) == sorted(2 * weights)
     reductions = [x for x in over if x.kind == "all-reduce" and x.bytes > 1024]
     assert all("dot_general" in x.op for x in reductions if x.times > 1)
     ends = [x.bytes for x in reductions if x.times == 1]  # gradients of embedding and unembedding, with a few scalars
