@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import pytest
 
+from jaxtrain.observe.hlo import collectives
 from jaxtrain.train import pipeline
 from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import lowered
@@ -20,6 +21,7 @@ from tests.parity.test_layouts import REORDERED, _assert_close, _assert_same_sha
 
 DENSE = Config(vocab_size=64, dim=32, num_layers=5, num_heads=8, num_kv_heads=4, head_dim=8, ffn=64)
 MODELS = {"dense": DENSE} | mixtures.MODELS
+RING = dataclasses.replace(DEFAULT, matmul="ring")
 LAYOUTS = [
     "replica8",
     "data8",
@@ -83,6 +85,22 @@ def test_whole_key_heads_are_not_exchanged_within_a_stage():
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=1, tensor=2, stage=2))
     blueprint = Blueprint(config, make(config.mesh, jax.devices()[:4]))
     pipeline.check(lowered(blueprint).compile(), blueprint.mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mla", "mla moe"])
+def test_latent_attention_in_a_ring_trains_as_on_one_device(model):
+    config = dataclasses.replace(_config("moe", rules=RING), model=MODELS[model])
+    _assert_trains_as_on_one_device(config, "fsdp2 tensor4")
+
+
+def test_latent_attention_in_a_ring_gathers_no_stream():
+    config = dataclasses.replace(_config("moe", rules=RING), model=MODELS["mla"], mesh=MeshConfig(fsdp=1, tensor=2))
+    blueprint = Blueprint(config, make(config.mesh, jax.devices()[:2]))
+    found = [x for x in collectives(lowered(blueprint).compile().as_text(), blueprint.mesh) if x.times == config.model.num_layers]
+    assert {x.kind for x in found if x.bytes > 1024} == {"collective-permute", "all-reduce"}
+    stream = config.batch * config.seq_len * config.model.dim * 4
+    assert all(x.bytes < stream for x in found if x.kind == "all-reduce")  # gradients of weights and latents
 
 
 def _assert_trains_as_on_one_device(config, layout):
