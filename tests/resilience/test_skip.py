@@ -37,7 +37,7 @@ def test_without_skipping_the_program_is_the_one_that_knows_of_no_policy(monkeyp
     [
         pytest.param({}, id="together"),
         pytest.param(
-            {"replicas": DiLoCo(every=2), "mesh": meshes.MeshConfig(replica=2, fsdp=1)}, id="diloco", marks=pytest.mark.slow
+            {"replicas": DiLoCo(every=3), "mesh": meshes.MeshConfig(replica=2, fsdp=1)}, id="diloco", marks=pytest.mark.slow
         ),
     ],
 )
