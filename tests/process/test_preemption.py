@@ -120,15 +120,15 @@ def test_sigterm_while_a_start_waits_for_its_peers_ends_it_as_preempted(place):
 
 
 def test_a_save_that_outlasts_the_grace_is_left_before_the_kill_and_the_checkpoint_before_it_stays(place):
-    process = start(place, "late", JAXTRAIN_GRACE_SECONDS="3")
+    process = start(place, "late", JAXTRAIN_GRACE_SECONDS="6")
     await_rows(place, "late", process, 45)
     (place / "stalled").touch()
     process.send_signal(signal.SIGTERM)
     begin = time.monotonic()
     code, said = ended(process)
     assert code == 74, said
-    assert time.monotonic() - begin < 3
-    assert "not saved within 2.7 s of 3 s grace" in said
+    assert time.monotonic() - begin < 6
+    assert "not saved within 5.4 s of 6 s grace" in said
     (place / "stalled").unlink()
     newest = max(checkpoints(place, "late"))
     process = start(place, "late")
