@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from meshes.rules import Axes
-
 from jaxtrain.train.replicas import DiLoCo
+from meshes.rules import Axes
 
 AXIS = "replica"
 LETTER = "G"
