@@ -62,7 +62,7 @@ def stopped(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve = [sys.executable, "-m", "jaxtrain.resilience.service", str(port), "1"]
+    serve = [sys.executable, "-m", "jaxtrain.resilience.service", "127.0.0.1", str(port), "1"]
     env, pipes = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}, dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with subprocess.Popen(serve, cwd=ROOT, env=env, **pipes) as service:
         try:
