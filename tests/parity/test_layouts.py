@@ -94,7 +94,7 @@ def test_a_preset_on_a_mesh_equals_one_device(preset, mesh, capfd):
         jax.tree.map(_assert_same_sharding, moment, placed.params)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(context=2, tensor=4)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), pytest.param(dict(context=2, tensor=4), marks=pytest.mark.slow)], ids=str)
 def test_products_in_a_ring_equal_one_device(sizes):
     rules = dataclasses.replace(meshes.DEFAULT, matmul="ring")
     loss, ours, *_ = _on(dataclasses.replace(CONFIG, rules=rules), **sizes)

@@ -54,8 +54,8 @@ def _assert_equal_to_one_device(config, **sizes):
     [
         dict(stage=2),
         dict(stage=2, fsdp=2, tensor=2),
-        dict(stage=2, fsdp=2, data=2),
-        dict(stage=2, context=2, fsdp=2),
+        pytest.param(dict(stage=2, fsdp=2, data=2), marks=SLOW),
+        pytest.param(dict(stage=2, context=2, fsdp=2), marks=SLOW),
         pytest.param(dict(stage=2, expert=2, fsdp=2), marks=SLOW),
         pytest.param(dict(stage=2, replica=2, tensor=2), marks=SLOW),
     ],

@@ -115,6 +115,7 @@ def test_an_outer_step_of_rate_1_after_every_step_is_plain_data_parallelism(size
     _assert_close(jax.tree.map(lambda x: x[1], ours.outer.local), plain.params)
 
 
+@pytest.mark.slow
 def test_after_every_step_the_biases_of_experts_follow_the_load_of_all_replicas():
     """The sign of the summed load is no mean of the signs of two."""
     config = dataclasses.replace(CONFIG, model=MODELS["mla moe"])
@@ -249,7 +250,7 @@ def _assert_equal(x, y):
     assert x == y
 
 
-@pytest.mark.parametrize("sizes", [dict(replica=4), dict(replica=2, fsdp=4)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(replica=4), pytest.param(dict(replica=2, fsdp=4), marks=SLOW)], ids=str)
 def test_another_number_of_replicas_goes_on_from_the_mean_of_those_that_were_saved(sizes, tmp_path, capfd):
     config = dataclasses.replace(CONFIG, optim=TINY.optim, replicas=DiLoCo(every=3, sent="int8", lr=0.7, momentum=0.9))
     blueprint = _start(config, replica=6 - sizes["replica"], fsdp=2)
@@ -267,6 +268,7 @@ def test_another_number_of_replicas_goes_on_from_the_mean_of_those_that_were_sav
     assert losses[-1] < _run(other, 4, 5)[1][0]  # than with parameters that were just drawn
 
 
+@pytest.mark.slow
 def test_replicas_that_train_apart_and_together_go_on_from_each_other(tmp_path, capfd):
     config = dataclasses.replace(CONFIG, optim=TINY.optim)
     together, apart = _start(config, replica=2), _start(dataclasses.replace(config, replicas=DiLoCo(every=1, sent="int8")), replica=2)
@@ -328,7 +330,7 @@ def _bytes_over_replica(config, **sizes):
 
 
 @pytest.mark.parametrize(("sent", "less"), [("float32", 8), ("bfloat16", 8), ("int8", 24)])  # XLA's CPU widens bfloat16
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("fsdp", [pytest.param(1, marks=SLOW), 2])
 def test_ten_inner_steps_send_at_least_eight_times_less_between_replicas(sent, less, fsdp):
     plain = _bytes_over_replica(CONFIG, replica=2, fsdp=fsdp)
     assert plain >= 4 * CONFIG.model.num_params() / fsdp  # half of each gradient as stored, to the other replica and back
@@ -363,7 +365,8 @@ def _exact(state):
 @pytest.mark.parametrize(
     ("sizes", "sent"),
     [
-        (dict(fsdp=2), "int8"),
+        (dict(fsdp=2), "float32"),
+        pytest.param(dict(fsdp=2), "int8", marks=SLOW),
         pytest.param({}, "float32", marks=SLOW),
         pytest.param({}, "int8", marks=SLOW),
         pytest.param(dict(tensor=2), "float32", marks=SLOW),
