@@ -14,6 +14,7 @@ import pytest
 
 from jaxtrain.errors import RunError
 from jaxtrain.resilience import slots
+from jaxtrain.resilience.say import flush
 from jaxtrain.resilience.slots import Header, Kind, Moment, Piece, Slots, Snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +176,7 @@ def test_what_dead_runs_left_in_memory_is_removed_and_said_when_another_starts(t
         fcntl.flock(lock, fcntl.LOCK_EX)
         with slots.starting(own, mate):
             assert {*tmp_path.glob("jaxtrain-7-*")} == {own, mate, fresh, held, touched, link} and other.exists()
+    flush()
     assert capsys.readouterr().err == "[host] removed what 2 runs untouched for 24 h left in memory: 0.002 GB\n"
     with slots.starting(own):
         assert not held.exists() and not mate.exists()

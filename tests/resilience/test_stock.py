@@ -13,6 +13,7 @@ from jaxtrain.resilience.host import Plan
 from jaxtrain.resilience.node import Node
 from jaxtrain.resilience.policy import Shelf
 from jaxtrain.resilience.roster import Roster
+from jaxtrain.resilience.say import flush
 from jaxtrain.resilience.slots import Header, Kind, Moment, Piece, Slots
 from jaxtrain.resilience.stock import Part, Stock, missing
 from jaxtrain.resilience.tenure import Tenure
@@ -155,6 +156,7 @@ def test_a_host_is_sent_nothing_of_what_would_exceed_its_budget_and_that_is_said
         assert not stocks[0].send(both, addresses[1])
         assert not list((tmp_path / "b").rglob("*.data")) and stocks[1].inventory() == []
         line = f"{addresses[1]} takes no parts of the snapshot of step 20, and the next tier serves: with them it would hold"
+        flush()
         assert f"{line} 0.004 GB, budget 0.003 GB (snapshot.memory_gb)" in capsys.readouterr().err
         assert stocks[0].send(both[:1], addresses[1]) and stocks[1].inventory() == both[:1]
 
@@ -191,6 +193,7 @@ def test_a_copy_that_fails_is_tried_again_over_the_same_line(tmp_path, monkeypat
         begin(stocks[0], addresses[1])
         write(tmp_path / "a", 0, 20, b"data")
         assert buddies.wait_for_copy(tmp_path / "a", Moment(20, 1), 20.0)
+    flush()
     assert len(lines) == 1 and "a snapshot is not copied: gone" in capsys.readouterr().err
 
 
