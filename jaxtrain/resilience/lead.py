@@ -222,10 +222,10 @@ class Lead:
             return trouble
         codes = {s.code for s in statuses if s.code}
         if final := codes & {*FINAL}:
-            self._last_exits(AGAIN_S)
+            self._until_all_ended(AGAIN_S)
             return min(final)
         if self._signals or codes & {*ORDERLY}:
-            return self._last_exits(STOP_S)
+            return self._last_exits()
         found = verdict.of_exits(statuses, self._service.code, self._service.ended)
         if Exit.CORRUPTED not in codes:
             return found
@@ -239,8 +239,19 @@ class Lead:
             found = replace(found, line=f"{found.line}; {', '.join(aside)} is put aside: its devices or memory change bits")
         return found
 
-    def _last_exits(self, limit_s: float) -> int | Verdict:
-        """Waits for all to end by themselves: the code of those that stopped as they should, or of a stop without a save."""
+    def _last_exits(self) -> int:
+        """The code of trainers that stopped as they should, or of a stop without a save."""
+        failed, left = self._until_all_ended(STOP_S)
+        codes = [s.code for s in sorted((s for s in self._host.statuses() if s.code), key=lambda s: s.ended)]
+        if codes and not left and {*codes} <= {*ORDERLY}:
+            self._host.forget()
+            return codes[0]
+        if failed and self._signals.count(signal.SIGINT) < 2:  # the second ends all at once
+            self._begin(verdict.of_exits(failed), {})
+        return self._stopped()
+
+    def _until_all_ended(self, limit_s: float) -> tuple[list[Status], list[int]]:
+        """Waits for all to end by themselves -> those that failed, and the indices of those that live."""
         end = time.monotonic() + limit_s
         while True:
             statuses = self._host.statuses()
@@ -254,13 +265,7 @@ class Lead:
             self._changed.clear()
         if left:
             as_lead(f"ending processes {left}, which did not end by themselves")
-        codes = [s.code for s in sorted((s for s in statuses if s.code), key=lambda s: s.ended)]
-        if codes and not left and {*codes} <= {*ORDERLY}:
-            self._host.forget()
-            return codes[0]
-        if failed and self._signals.count(signal.SIGINT) < 2:  # the second ends all at once
-            self._begin(verdict.of_exits(failed), {})
-        return self._stopped()
+        return failed, left
 
     def _gathered(self, found: Verdict, statuses: list[Status]) -> Verdict:
         """The same verdict with stacks behind it, which are gathered before anybody is killed."""
