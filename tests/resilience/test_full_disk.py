@@ -78,12 +78,13 @@ def test_an_agreement_that_a_disk_refuses_is_said_once_and_the_next_one_that_it_
 def test_a_disk_that_does_not_answer_holds_no_comparison_and_an_older_word_never_replaces_a_newer(
     tmp_path, monkeypatch, record, capsys
 ):
-    answers, put = threading.Event(), verified._put
-    monkeypatch.setattr(verified, "_put", lambda *args: answers.wait(60) and put(*args))
+    hangs, answers, put = threading.Event(), threading.Event(), verified._put
+    monkeypatch.setattr(verified, "_put", lambda *args: hangs.set() or answers.wait(60) and put(*args))
     begun = time.monotonic()
     for step in (1, 2, 3):
         record.agree(step)
     assert time.monotonic() - begun < 1.2  # three waits would take 1.5 s
+    assert hangs.wait(10)  # the agreement has its turn before the difference asks for one
     with pytest.raises(RunError, match="(?s)copies differ at step 4.*(no answer within 0.5 s|an earlier write has not ended)"):
         record.differ(4, [], "majority")
     record.settle()
