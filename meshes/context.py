@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from meshes.errors import LayoutError
-from meshes.place import axis_size, constrain, current, platform, use
+from meshes.place import axis_size, constrain, current, cutting, free_axes, platform, use
 from meshes.rules import Gathered, Ulysses, axes_of
 
 # float32 logits of one tile on one device. A GPU wants matmuls of thousands of rows; a CPU wants the tile in its cache.
@@ -170,11 +170,9 @@ class _Plan:
 
 def _plan(q_BSNH: Array, tile: int) -> _Plan:
     layout, inside = current(), jax.sharding.get_abstract_mesh()
-    mesh = inside if inside.manual_axes or layout is None else layout.mesh
-    acts = {} if layout is None else layout.rules.acts
-    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in inside.manual_axes}
-    rows, columns, heads = (tuple(axis for axis in axes_of(acts, letter) if axis in sizes) for letter in "BSN")
-    parts = [math.prod(sizes[axis] for axis in axes) for axes in (rows, columns, heads)]
+    mesh = free_axes(layout)[0] if layout else None
+    rows, columns, heads = map(cutting, "BSN")
+    parts = [axis_size(letter) for letter in "BSN"]
     B, S, N = (dim // part for dim, part in zip(q_BSNH.shape, parts, strict=False))
     zigzag = _zigzag.value and parts[1] > 1
     chunk = S // 2 if zigzag else S

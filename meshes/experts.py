@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from meshes.context import columns
 from meshes.fit import check_exchange, check_experts
-from meshes.place import Layout, constrain, current, platform
-from meshes.rules import Capacity, Ragged, axes_of
+from meshes.place import Layout, by_hand, constrain, current, cutting, platform
+from meshes.rules import Capacity, Ragged
 
 BLOCK = 64  # rows of one expert that are multiplied at once on CPU, where `ragged_dot` multiplies all by all experts
 
@@ -62,7 +61,7 @@ def apply(weights: Weights, x_BSD: Array, chosen_BSk: Array, gates_BSk: Array) -
     place, way = _place(layout)._replace(columns=columns(x_BSD.shape[1])), layout.rules.experts
     _announce(way, place)
     given = ("BS_", "BS_", "BS_", Weights("EDF", "EDF", "EFD"))
-    run = _on_devices(layout, partial(_local, way, place), given, ("BR_" if place.scattered else "BS_", ""))
+    run = by_hand(partial(_local, way, place), given, ("BR_" if place.scattered else "BS_", ""))
     y_BRD, dropped_E = run(constrain(x_BSD, "BSD"), constrain(chosen_BSk, "BS_"), constrain(gates_BSk, "BS_"), weights)
     return constrain(y_BRD, "BRD"), dropped_E
 
@@ -70,35 +69,15 @@ def apply(weights: Weights, x_BSD: Array, chosen_BSk: Array, gates_BSk: Array) -
 def per_token(function: Callable[..., tuple[Array, Array]], *xs_BRE: Array) -> tuple[Array, Array]:
     """function(x_BRE, ...) -> BR_, BR_, each device for its own tokens: the partitioner would gather all of them for a
     `top_k`, and exchange parts to look something up by it."""
-    layout = current()
-    if layout is None:
-        return function(*xs_BRE)
-    run = _on_devices(layout, function, ("BR_",) * len(xs_BRE), ("BR_", "BR_"))
+    run = by_hand(function, ("BR_",) * len(xs_BRE), ("BR_", "BR_"))
     return run(*(constrain(x_BRE, "BR_") for x_BRE in xs_BRE))
-
-
-def _on_devices(layout: Layout, function: Callable, given: Any, made: Any) -> Callable:
-    """A shard_map over all axes that none around it has taken; `given` and `made`: letters of arguments and results."""
-    inside = jax.sharding.get_abstract_mesh()
-    mesh = inside if inside.manual_axes else layout.mesh
-    specs = lambda tree: jax.tree.map(lambda x: PartitionSpec(*(_axes(layout, a) or None for a in x)), tree)  # noqa: E731
-    free = set(mesh.axis_names) - set(inside.manual_axes)
-    return jax.shard_map(
-        function, mesh=mesh, axis_names=free, in_specs=specs(given), out_specs=specs(made), check_vma=False
-    )
-
-
-def _axes(layout: Layout, letter: str) -> tuple[str, ...]:
-    taken = jax.sharding.get_abstract_mesh().manual_axes
-    sizes = {axis: size for axis, size in layout.mesh.shape.items() if axis not in taken}
-    return tuple(axis for axis in axes_of(layout.rules.acts, letter) if sizes.get(axis, 1) > 1)
 
 
 def _place(layout: Layout) -> Place:
     acts = layout.rules.acts
-    over, batch, sequence, width = (_axes(layout, letter) for letter in "EBSF")
+    over, batch, sequence, width = map(cutting, "EBSF")
     check_experts(acts, over, batch + sequence)
-    scattered = bool(width) and _axes(layout, "R") == sequence + width
+    scattered = bool(width) and cutting("R") == sequence + width
     return Place(over, batch, sequence, width, scattered)
 
 

@@ -7,16 +7,13 @@ on the look-up itself.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
-from meshes.place import constrain, current, free_axes, platform, store
-from meshes.rules import axes_of
+from meshes.place import axis_size, by_hand, constrain, current, cutting, platform, store
 
 BLOCK = 512  # rows: its products cost 512 / (12 D) of a layer's, and the scan has a few dozen turns
 
@@ -27,12 +24,7 @@ def look_up(table_VD: Array, ids_BS: Array) -> Array:
 
 @jax.custom_vjp
 def _look_up(table_VD, ids_BS):
-    rows, columns, parts, mesh = _axes()
-    names, ids = {*rows, *columns, *parts}, PartitionSpec(rows or None, columns or None)
-    local = partial(_found, parts=parts)
-    if names:
-        ins = (PartitionSpec(parts or None), ids)
-        local = jax.shard_map(local, mesh=mesh, axis_names=names, in_specs=ins, out_specs=ids, check_vma=False)
+    local = by_hand(partial(_found, parts=cutting("V")), ("V_", "BS"), "BS_", over="BSV")
     return constrain(local(constrain(table_VD, "VD"), ids_BS), "BSD")
 
 
@@ -42,23 +34,13 @@ def _forward(table_VD, ids_BS):
 
 def _backward(kept, dx_BSD):
     ids_BS, table = kept
-    rows, columns, parts, mesh = _axes()
-    height = table.shape[0] // math.prod(mesh.shape[axis] for axis in parts)
-    local = partial(_added_up, shape=(height, table.shape[1]), parts=parts)
-    if names := {*rows, *columns, *parts}:
-        ins, outs = PartitionSpec(rows or None, columns or None), PartitionSpec((*rows, *columns) or None, parts or None)
-        local = jax.shard_map(local, mesh=mesh, axis_names=names, in_specs=(ins, ins), out_specs=outs, check_vma=False)
-    return store(local(ids_BS, constrain(dx_BSD, "BSD")).sum(0), "VD").astype(table.dtype), None
+    height = table.shape[0] // axis_size("V")
+    local = partial(_added_up, shape=(height, table.shape[1]), parts=cutting("V"))
+    parts_BSVD = by_hand(local, ("BS", "BS_"), "BSV_", over="BSV")(ids_BS, constrain(dx_BSD, "BSD"))
+    return store(parts_BSVD.sum((0, 1)), "VD").astype(table.dtype), None
 
 
 _look_up.defvjp(_forward, _backward)
-
-
-def _axes():
-    """The axes that cut B, S and V, and the mesh; what is by hand already is no axis here."""
-    layout = current()
-    mesh, free = free_axes(layout)
-    return *(tuple(a for a in axes_of(layout.rules.acts, letter) if a in free) for letter in "BSV"), mesh
 
 
 def _found(table_VD, ids_BS, parts):
@@ -71,12 +53,12 @@ def _found(table_VD, ids_BS, parts):
 
 
 def _added_up(ids_BS, dx_BSD, shape, parts):
-    """-> (1, V, D) in float32, of the rows of the table that are here."""
+    """-> (1, 1, V, D) in float32, of the rows of the table that are here."""
     first = lax.axis_index(parts) * shape[0] if parts else 0
     here = (ids_BS >= first) & (ids_BS < first + shape[0])
     place = jnp.where(here, ids_BS - first, shape[0])  # beyond the end, where nothing is added
     add = block_by_block if platform() == "gpu" else _at_once
-    return add(jnp.zeros(shape, jnp.float32), place.reshape(-1), dx_BSD.reshape(-1, dx_BSD.shape[-1]))[None]
+    return add(jnp.zeros(shape, jnp.float32), place.reshape(-1), dx_BSD.reshape(-1, dx_BSD.shape[-1]))[None, None]
 
 
 def _at_once(table_VD, place_T, dx_TD):

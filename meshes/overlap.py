@@ -13,21 +13,16 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from meshes.place import constrain, current, spec
-from meshes.rules import Letters, axes_of
+from meshes.place import by_hand, constrain, current, cutting
+from meshes.rules import Letters
 
 RING = "tensor"
 
 
 def rings() -> bool:
     """Whether the current rules ask for rings and there is anything to gather."""
-    layout = current()
-    if layout is None or layout.rules.matmul != "ring":
-        return False
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return RING in axes_of(layout.rules.acts, "R") and layout.mesh.shape.get(RING, 1) > 1 and RING not in manual
+    return RING in cutting("R") and current().rules.matmul == "ring"
 
 
 def gathered(x_BRD: jax.Array, weights: Sequence[jax.Array], letters: Sequence[Letters]) -> list[jax.Array]:
@@ -66,29 +61,11 @@ def scattered(h_BSF: jax.Array, w_FD: jax.Array, letters: Letters) -> jax.Array:
 
 
 def _by_hand(local: Callable, ins: Sequence[Letters], outs: Letters | Sequence[Letters]) -> Callable:
-    """`local` on each device's part along the axes that cut R; the others stay with the partitioner."""
-    layout, inside = current(), jax.sharding.get_abstract_mesh()
-    acts = layout.rules.acts
-    axes = {axis for axis in axes_of(acts, "R") if axis not in inside.manual_axes and layout.mesh.shape.get(axis, 1) > 1}
-
-    def cut(letters: Letters) -> PartitionSpec:
-        return spec(letters, {letter: tuple(a for a in axes_of(acts, letter) if a in axes) for letter in letters})
-
-    out = cut(outs) if isinstance(outs, str) else [cut(name) for name in outs]
-    run = jax.shard_map(
-        local,
-        mesh=inside if inside.manual_axes else layout.mesh,
-        in_specs=tuple(cut(name) for name in ins),
-        out_specs=out,
-        axis_names=axes,
-        check_vma=False,
-    )
+    """`local` on each device's part along the axes that cut R."""
+    run = by_hand(local, tuple(ins), outs, over="R")
 
     def laid_out(*arrays: jax.Array) -> jax.Array | list[jax.Array]:
-        result = run(*(constrain(x, name) for x, name in zip(arrays, ins, strict=True)))
-        if isinstance(outs, str):
-            return constrain(result, outs)
-        return [constrain(x, name) for x, name in zip(result, outs, strict=True)]
+        return jax.tree.map(constrain, run(*map(constrain, arrays, ins)), outs)
 
     return laid_out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshes.errors import LayoutError
 from meshes.fit import check_axes, check_letters, check_shape
-from meshes.rules import Axes, Letters, Rules, dims_of
+from meshes.rules import Axes, Letters, Rules, axes_of, dims_of
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,31 @@ def _laid_out(x: jax.Array, letters: Letters, mapping: Mapping[str, Axes] | None
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(letters, mapping, keep=sizes.__contains__)))
 
 
+def by_hand(local: Callable, given: Any, made: Any, over: Letters | None = None) -> Callable:
+    """`local` on each device's part: a shard_map over the axes that cut `over`, the others staying with the partitioner.
+
+    `given` and `made`: a tree of letters for each argument and for the result, cut by the current `acts` rules; "_" is a
+    dim that nothing cuts. Over all axes that no shard_map around has taken where `over` is None; `local` itself where
+    there is no axis or no layout in use.
+    """
+    layout = current()
+    mesh, free = free_axes(layout) if layout else (None, {})
+    axes = set(free) if over is None else {axis for letter in over for axis in cutting(letter)}
+    if not axes:
+        return local
+    cut = lambda tree: jax.tree.map(lambda letters: _spec(letters, layout.rules.acts, keep=axes.__contains__), tree)  # noqa: E731
+    return jax.shard_map(local, mesh=mesh, axis_names=axes, in_specs=cut(given), out_specs=cut(made), check_vma=False)
+
+
+def cutting(letter: str) -> tuple[str, ...]:
+    """The axes that cut dims of this letter here by the current `acts` rules, outer to inner; () without a layout."""
+    layout = current()
+    if layout is None:
+        return ()
+    free = free_axes(layout)[1]
+    return tuple(axis for axis in axes_of(layout.rules.acts, letter) if axis in free)
+
+
 def free_axes(layout: Layout) -> tuple[Mesh | AbstractMesh, dict[str, int]]:
     """The mesh for a shard_map or a sharding here, and its axes of several devices that no shard_map around has taken."""
     inside = jax.sharding.get_abstract_mesh()
@@ -129,9 +154,8 @@ def axis_size(letters: Letters) -> int:
     layout = current()
     if layout is None:
         return 1
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    sizes = {axis: size for axis, size in layout.mesh.shape.items() if axis not in manual}
-    return math.prod(sizes.get(axis, 1) for axes in dims_of(layout.rules.acts, letters) for axis in axes)
+    free = free_axes(layout)[1]
+    return math.prod(free.get(axis, 1) for axes in dims_of(layout.rules.acts, letters) for axis in axes)
 
 
 def platform() -> str:
