@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # half a minute, of which most is waited
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 120  # it takes about 20 s on two idle cores
 

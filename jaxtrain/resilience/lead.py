@@ -19,6 +19,7 @@ from jaxtrain.errors import RunError
 from jaxtrain.exits import AGAIN, FINAL, Exit
 from jaxtrain.resilience import verdict, verified, vitals
 from jaxtrain.resilience.child import Child
+from jaxtrain.resilience.crew import Crew
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Host, Plan
 from jaxtrain.resilience.incidents import DISK_S, FAILED, FILE, UNSEEN, Incident, Record
@@ -45,7 +46,7 @@ class Lead:
 
     def __init__(
         self,
-        host: Host,
+        host: Host | Crew,
         run_dir: Path,
         changed: threading.Event,
         deadlines: Deadlines,
