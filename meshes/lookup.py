@@ -37,7 +37,8 @@ def _backward(kept, dx_BSD):
     height = table.shape[0] // axis_size("V")
     local = partial(_added_up, shape=(height, table.shape[1]), parts=cutting("V"))
     parts_BSVD = by_hand(local, ("BS", "BS_"), "BSV_", over="BSV")(ids_BS, constrain(dx_BSD, "BSD"))
-    return store(parts_BSVD.sum((0, 1)), "VD").astype(table.dtype), None
+    parts_VD = parts_BSVD.reshape(-1, *table.shape)  # one dim: summed over two, XLA makes two sums of it
+    return store(parts_VD.sum(0), "VD").astype(table.dtype), None
 
 
 _look_up.defvjp(_forward, _backward)
