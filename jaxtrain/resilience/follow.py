@@ -69,6 +69,7 @@ class Follower:
                 if code is not None:
                     return code
                 if self._tenure.leads():
+                    self._alive = self._tenure.newest.number
                     return None
         finally:
             for number, handler in old.items():
@@ -76,13 +77,13 @@ class Follower:
 
     def _turn(self) -> int | None:
         newest, following = self._tenure.newest, self._node.following
-        if newest.number != following.number:
+        if (newest.number, newest.host) != (following.number, following.host):
             self._fence()  # the new lead's generation is another
             self._node.follow(newest)
         if newest.ended is None:
             self._alive = newest.number
-        elif self._alive == newest.number > 0:
-            return newest.ended  # while this host was there
+        elif self._alive:
+            return newest.ended  # while this host was there, if only stopped
         here = self._node.lead().state == HERE
         self._tenure.cut = not here and 0 < self._served == newest.number
         if here and self._greeted != self._node.connections:

@@ -65,7 +65,7 @@ class Node:
         while not self.orders.empty():
             self.orders.get()
         self.heard, self._echo = clock(), 0.0
-        if term.number and term.host != self.roster.name:
+        if term.host and term.host != self.roster.name:
             line = lambda message, payload: self._ordered(term.number, message)  # noqa: E731
             self._line = Line(term.address, self.roster.name, self._secret, line, on_change=self._turned, limits=self._limits)
 

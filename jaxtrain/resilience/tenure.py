@@ -1,6 +1,7 @@
 """Who leads a job of several hosts: terms in the shared run folder, each of one host, which shows there that it lives.
 
-A term is a file terms/N, made once and never changed, by a link, of which one succeeds. Its host writes to terms/N.life
+A term is a file terms/N, made once and never changed, by a link, of which one succeeds; its lead makes it again if
+somebody removes it. Its host writes to terms/N.life
 every few moments; others see whether it changes, by their own clocks: no two clocks are compared. The rules:
   1. a lead has the right to lead for `lease` seconds from the beginning of its last write, or from when all others have
      last heard it. Neither counts that is done when the right is over, and no trainer lives longer than it (leash.py);
@@ -18,7 +19,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxtrain.background import Deadline, within
@@ -71,28 +72,29 @@ class Tenure:
         """Takes the term after the newest that was seen; whether this host has it. Raises OSError."""
         began, number = clock(), self.newest.number + 1
 
-        def take() -> bool:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            mine = self._folder / f".{number}.{_plain(self._host)}.{os.getpid()}"
-            with open(mine, "w") as file:
-                json.dump({"host": self._host, "address": self._address}, file)
-                file.flush()
-                os.fsync(file.fileno())  # a term that is there can be read, whatever happens to this machine
-            try:
-                _write_life(self._folder / f"{number}.life", f"0 {self.generation}")
-                os.link(mine, self._folder / str(number))
-            except FileExistsError:
-                return False
-            finally:
-                mine.unlink()
-            return True
-
-        if not within(Deadline(self.lease), take):
+        if not within(Deadline(self.lease), lambda: self._make(number)):
             return False
         if clock() > began + self.lease / 2:
             return False  # too slow to be sure of; it passes like any term without life
         self.newest, self._confirmed, self._acked = Term(number, self._host, self._address), began, -1e9
         self.mine = number
+        return True
+
+    def _make(self, number: int) -> bool:
+        """The files of a term of this host, where there is no such term."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mine = self._folder / f".{number}.{_plain(self._host)}.{os.getpid()}"
+        with open(mine, "w") as file:
+            json.dump({"host": self._host, "address": self._address}, file)
+            file.flush()
+            os.fsync(file.fileno())  # a term that is there can be read, whatever happens to this machine
+        try:
+            _write_life(self._folder / f"{number}.life", f"{self._count} {self.generation}")
+            os.link(mine, self._folder / str(number))
+        except FileExistsError:
+            return False
+        finally:
+            mine.unlink()
         return True
 
     def until(self) -> float:
@@ -155,7 +157,10 @@ class Tenure:
     def _look(self) -> None:
         began, mine = clock(), self.mine
         term, life = _newest(self._folder)
-        if mine and (term.number > mine or clock() >= self.until()):
+        if term.number == self.newest.number and not term.host:  # its file was removed
+            term = replace(term, host=self.newest.host, address=self.newest.address)
+        another = term.number > mine or (term.number == mine and term.host != self._host)
+        if mine and (another or clock() >= self.until()):
             self.mine = 0
             self._changed.set()
         elif mine:
@@ -180,6 +185,8 @@ class Tenure:
             if mine != self.mine:  # it has ended meanwhile
                 return
             self._count += 1
+            if not (self._folder / str(mine)).exists() and not self._make(mine):  # somebody removed it
+                return
             _write_life(self._folder / f"{mine}.life", f"{self._count} {self.generation}")
         if clock() < self.until():
             self._confirmed = began
@@ -219,7 +226,9 @@ def _newest(folder: Path) -> tuple[Term, str]:
     number = max(_numbers(folder), default=0)
     if not number:
         return Term(), ""
-    said = json.loads((folder / str(number)).read_text())
+    said = {"host": "", "address": ""}
+    with contextlib.suppress(FileNotFoundError):
+        said = json.loads((folder / str(number)).read_text())
     with contextlib.suppress(FileNotFoundError):
         life = (folder / f"{number}.life").read_text().strip("\0 \n")
         word, _, code = life.partition(" ")
@@ -232,8 +241,9 @@ def _plain(host: str) -> str:
 
 
 def _numbers(folder: Path) -> list[int]:
+    """Of the terms, of which somebody may have removed one of the two files."""
     try:
-        return [int(name) for name in os.listdir(folder) if name.isdecimal()]
+        return [int(name.removesuffix(".life")) for name in os.listdir(folder) if name.removesuffix(".life").isdecimal()]
     except FileNotFoundError:
         return []
 

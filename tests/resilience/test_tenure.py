@@ -98,6 +98,29 @@ def test_a_newer_term_ends_an_older_one(host, tmp_path):
     still_valid(tmp_path, {})
 
 
+@pytest.mark.parametrize("removed", [["1"], ["1.life"], ["1", "1.life"]], ids=" ".join)
+def test_a_term_whose_files_somebody_removes_is_made_again_and_nobody_takes_it(host, tmp_path, removed):
+    a, b = host("a", lease=5.0), host("b", lease=5.0)
+    until(lambda: a.still() > 1)
+    assert a.claim()
+    until(lambda: b.newest.host == "a")
+    for name in removed:
+        (tmp_path / "terms" / name).unlink()
+    until(lambda: {"1", "1.life"} <= {path.name for path in (tmp_path / "terms").iterdir()})
+    late = host("c", lease=5.0)
+    until(lambda: late.newest.host == "a")
+    assert a.mine == 1 and a.leads() and b.newest.host == "a" and late.still() < 1.5 * 5
+
+
+def test_of_two_leads_of_one_term_the_one_that_its_file_does_not_name_leads_no_more(host, tmp_path):
+    a = host("a")
+    until(lambda: a.still() > 1)
+    assert a.claim()
+    (tmp_path / "terms" / "fresh").write_text('{"host": "b", "address": "b:1"}')
+    (tmp_path / "terms" / "fresh").replace(tmp_path / "terms" / "1")
+    until(lambda: a.mine == 0 and a.newest.host == "b")
+
+
 def test_what_ended_well_is_followed_at_once_and_its_code_is_known(host):
     a, b = host("a"), host("b")
     until(lambda: a.still() > 1)
