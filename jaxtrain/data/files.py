@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from jaxtrain.data.source import Megatron, Source, Synthetic, parts
 from jaxtrain.errors import DataError
 
 COMPRESSED = (".gz", ".zst")
@@ -43,6 +44,13 @@ def list_files(patterns: tuple[str, ...], exclude: tuple[str, ...] = ()) -> list
     if not kept:
         raise DataError(f"exclude = {exclude} leaves none of {len(files)} files.", got=f"files = {patterns}")
     return kept
+
+
+def check_files(source: Source) -> None:
+    """Raises DataError where this machine does not have a source's files. It opens none."""
+    for part in parts(source):
+        if not isinstance(part, Synthetic):
+            list_files(part.indices if isinstance(part, Megatron) else part.files)
 
 
 def _matches(pattern: str) -> list[str]:

@@ -94,6 +94,11 @@ class Megatron:
                 f"Megatron.files = {self.files!r} is no tuple of prefixes.", fix='files=("data/x_text_document",)'
             )
 
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """Its .idx files, or globs of them."""
+        return tuple(prefix.removesuffix(".idx").removesuffix(".bin") + ".idx" for prefix in self.files)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:

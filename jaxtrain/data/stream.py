@@ -68,7 +68,7 @@ class MegatronStream(Arrays):
     """PREFIX.bin and PREFIX.idx pairs. They carry no checksums: sizes are checked here, ids when batches are made."""
 
     def __init__(self, source: Megatron):
-        indices = list_files(tuple(p.removesuffix(".idx").removesuffix(".bin") + ".idx" for p in source.files))
+        indices = list_files(source.indices)
         pairs = [_open_megatron(index) for index in indices]
         bases = np.cumsum([0, *(len(tokens) for tokens, _ in pairs)])
         # An empty document leaves no token, hence no start of its own.

@@ -12,6 +12,7 @@ from jaxtrain.background import Deadline, Lately, within
 from jaxtrain.checkpoint.files import steps
 from jaxtrain.command import parse as parse_trainer
 from jaxtrain.config import RunConfig
+from jaxtrain.data.files import check_files
 from jaxtrain.errors import ConfigError, closest
 from jaxtrain.resilience import faults, injection
 from jaxtrain.resilience.crew import Terms
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> int:
     options, rest = parse(argv)
     call = parse_trainer("jaxtrain train", TrainerOptions, rest, doc=main.__doc__)
     config = call.load()
+    for source in (config.data, *([config.eval.data] if config.eval else [])):
+        check_files(source)  # what no generation could train on; of several hosts, this one alone may lack it
     devices = options.devices_per_process or (1 if options.processes > 1 else 0)
     fake = ["--fake-devices", str(devices)] if devices else []
     changed = threading.Event()

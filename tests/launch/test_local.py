@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.launch import local
 from jaxtrain.launch.local import Options, main, parse
 from jaxtrain.resilience.host import memory_folder
@@ -34,6 +34,12 @@ def test_a_wrong_command_line_says_what_is_wrong(argv, what, fix):
     with pytest.raises(ConfigError, match=what) as error:
         main(argv)
     assert error.value.fix.startswith(fix)
+
+
+def test_files_that_this_machine_does_not_have_are_missed_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "Host", None)
+    with pytest.raises(DataError, match=f"no file matches '{tmp_path}/none/\\*.txt'"):
+        main(["configs/quickstart.py", "--runs-dir", str(tmp_path), "--data.files", f"{tmp_path}/none/*.txt"])
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["--help"]])
