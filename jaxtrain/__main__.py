@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import TextIO
 
 VERBS = {
     "train": ("jaxtrain.train.command", "train a config; the same command resumes"),
@@ -20,7 +21,7 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns the exit code, one of exits.py."""
-    from jaxtrain.errors import ConfigError, LayoutError, UserError, closest
+    from jaxtrain.errors import ConfigError, UserError, closest
     from jaxtrain.exits import Exit
 
     argv = sys.argv[1:] if argv is None else argv
@@ -32,19 +33,18 @@ def main(argv: list[str] | None = None) -> int:
             code = importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
         else:
             raise ConfigError(f"jaxtrain has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
-        sys.stdout.flush()
+        _flush(sys.stdout)
         return code
     except BrokenPipeError:  # who reads has left: `jaxtrain show CONFIG | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.UNREAD
     except UserError as error:
         runtime = sys.modules.get("jaxtrain.runtime")  # where there may be several processes
-        sys.stdout.flush()
+        _flush(sys.stdout)
         print(f"{runtime.place() if runtime else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if runtime:
             runtime.last_words()
-        misused = type(error) in (ConfigError, LayoutError, UserError)
-        return getattr(error, "exit_code", Exit.MISUSED if misused else Exit.FAILED)
+        return getattr(error, "exit_code", Exit.MISUSED)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
 
@@ -59,9 +59,15 @@ def entry() -> None:
     and let the threads of sinks that failed print their own tracebacks over the message."""
     code = main()
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush(sys.stdout)
+        _flush(sys.stderr)
         os._exit(code)
+
+
+def _flush(stream: TextIO | None) -> None:
+    """None is one that was closed before the start: `jaxtrain ... >&-`."""
+    if stream:
+        stream.flush()
 
 
 if __name__ == "__main__":

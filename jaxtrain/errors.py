@@ -3,8 +3,8 @@
 from jaxtrain.exits import Exit
 from meshes.errors import LayoutError, UserError, closest
 
-__all__ = ["CheckpointError", "ConfigError", "CorruptionError", "DataError", "LayoutError", "NumericsError", "RunError"]
-__all__ += ["UserError", "closest"]
+__all__ = ["CheckpointError", "ConfigError", "CorruptionError", "DataError", "HeldError", "LayoutError", "NumericsError"]
+__all__ += ["RunError", "UserError", "closest"]
 
 
 class ConfigError(UserError):
@@ -14,13 +14,25 @@ class ConfigError(UserError):
 class DataError(UserError):
     """Input data that is missing, empty, truncated, corrupted or of another kind than declared."""
 
+    exit_code = Exit.FAILED  # another host may see it whole
+
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, unfinished, damaged or of another shape."""
 
+    exit_code = Exit.FAILED
+
 
 class RunError(UserError):
     """A run folder, process group or machine that is not in a state to train."""
+
+    exit_code = Exit.FAILED
+
+
+class HeldError(RunError):
+    """A run folder that another live process writes."""
+
+    exit_code = Exit.HELD  # no host is to blame for it, and it may be over soon
 
 
 class NumericsError(UserError):

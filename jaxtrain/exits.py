@@ -6,12 +6,13 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """0 to 2, 130 and 141 as every shell knows them; 65, 74 and 75 are EX_DATAERR, EX_IOERR and EX_TEMPFAIL of BSD's sysexits.h."""
+    """0 to 2, 130 and 141 as every shell knows them; 65, 69, 74 and 75 as in BSD's sysexits.h."""
 
     DONE = 0
     FAILED = 1  # what the machine did; the same command may succeed
     MISUSED = 2  # the user's input; the same command fails again
     DIVERGED = 65  # numbers that are not finite: the same command comes to them again (EX_DATAERR)
+    HELD = 69  # another live process writes the run folder: the same command succeeds when that has ended (EX_UNAVAILABLE)
     UNSAVED = 74  # SIGTERM or a notice, and no checkpoint within the grace: the same command resumes from the one before
     PREEMPTED = 75  # SIGTERM or a notice, all of it saved: the same command resumes at this step
     CORRUPTED = 76  # memory or a device that changes bits: the same command resumes from before that, better elsewhere

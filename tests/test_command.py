@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.__main__ import VERBS, main
+from jaxtrain.checkpoint.manifest import DamagedError
+from jaxtrain.errors import CheckpointError, ConfigError, CorruptionError, DataError, HeldError, LayoutError, NumericsError, RunError, UserError
+from meshes.errors import DivisionError
 
 ROOT = Path(__file__).parents[1]
 HELP_SECONDS = 1.0
@@ -45,6 +48,37 @@ def test_a_reader_that_leaves_is_no_error(argv):
     done = subprocess.run([sys.executable, "-m", "jaxtrain", *argv], cwd=ROOT, stdout=write, stderr=-1, text=True, timeout=60)
     os.close(write)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["--help", "show configs/quickstart.py"])
+def test_output_that_was_closed_before_the_start_is_no_error(command):
+    line = f"{sys.executable} -m jaxtrain {command} >&-"
+    done = subprocess.run(line, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (UserError, 2),
+        (ConfigError, 2),
+        (LayoutError, 2),
+        (DivisionError, 2),
+        (DataError, 1),
+        (CheckpointError, 1),
+        (DamagedError, 1),
+        (RunError, 1),
+        (HeldError, 69),
+        (NumericsError, 65),
+        (CorruptionError, 76),
+    ],
+)
+def test_what_the_user_did_wrong_is_not_tried_again_and_what_the_machine_did_is(kind, code, monkeypatch):
+    def fails(argv):
+        raise kind("so it is.")
+
+    monkeypatch.setattr("jaxtrain.show.main", fails)
+    assert main(["show"]) == code
 
 
 def test_an_unknown_command_names_the_closest(capsys):

@@ -14,14 +14,14 @@ from typing import Any, TextIO
 
 from jaxtrain.checkpoint.files import numbered
 from jaxtrain.config import FREE_TO_CHANGE, RunConfig, differences, encode
-from jaxtrain.errors import RunError
+from jaxtrain.errors import ConfigError, HeldError, RunError
 
 
 class RunFolder:
     """The lead process's hold on runs/NAME: locked while it lives, whatever ends it.
 
-    Raises RunError where another live process holds it, where it cannot be written, or where it belongs to another
-    config and `accept_changes` is not given; an accepted change is kept beside the first config, never over it. Where the
+    Raises HeldError where another live process holds it, RunError where it cannot be written, ConfigError where it belongs
+    to another config and `accept_changes` is not given; an accepted change is kept beside the first config, never over it. Where the
     run exists, what it can do without is tried only: a disk that is full must not keep it from going on.
     """
 
@@ -55,7 +55,7 @@ class RunFolder:
             return None
         strict = _strict(changed)
         if strict and not accept_changes:
-            raise RunError(
+            raise ConfigError(
                 f"{self.path} belongs to a run of another config.",
                 got=_table(strict),
                 rule="a run folder continues one config",
@@ -83,7 +83,8 @@ def _table(changed: dict[str, tuple[Any, Any]]) -> str:
 
 def _config_files(run_dir: Path) -> list[Path]:
     """config.json, then config.1.json, ... in the order of their writing."""
-    later = sorted(run_dir.glob("config.*.json"), key=lambda p: int(p.name.split(".")[1]))
+    later = [path for path in run_dir.glob("config.*.json") if path.name.split(".")[1].isdecimal()]
+    later.sort(key=lambda path: int(path.name.split(".")[1]))
     first = run_dir / "config.json"
     return [first, *later] if first.exists() else []
 
@@ -92,7 +93,7 @@ def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(
+        raise ConfigError(
             f"{path} is damaged.",
             got=str(error),
             rule="it is compared with the config that is to continue the run",
@@ -105,16 +106,33 @@ def _lock(file: TextIO, run_dir: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.seek(0)
-        raise RunError(
+        raise HeldError(
             f"the run folder {run_dir} is in use by a live process.",
-            got=file.read().strip() or "a holder that has not written its name yet",
+            got=_name(file),
             rule="one run writes one folder",
             fix="end that process, or choose another --name",
         ) from error
     file.truncate(0)
     with contextlib.suppress(OSError):  # the lock holds without a name; past the buffer, which closing would write again
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def holder(run_dir: Path) -> str:
+    """The process that writes the run folder now; "" where there is none."""
+    try:
+        with open(run_dir / "lock", "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _name(file)
+    except FileNotFoundError:
+        pass
+    return ""
+
+
+def _name(file: TextIO) -> str:
+    file.seek(0)
+    return file.read().strip() or "a holder that has not written its name yet"
 
 
 def write_json(path: Path, value: Any) -> None:

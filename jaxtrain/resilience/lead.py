@@ -7,6 +7,7 @@ generation starts from standbys and the newest good state. An incident is a row 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from jaxtrain.background import Deadline, within
 from jaxtrain.errors import RunError
 from jaxtrain.exits import AGAIN, FINAL, Exit
+from jaxtrain.observe.folder import holder
 from jaxtrain.resilience import verdict, verified, vitals
 from jaxtrain.resilience.child import Child
 from jaxtrain.resilience.crew import Crew
@@ -37,6 +39,7 @@ ORDERLY = (Exit.INTERRUPTED, *AGAIN)  # of a trainer that was told to stop
 SERVICE_S = 2.0  # for trainers to end after the coordination service has
 ATTEMPTS = 5  # generations in a row without a new step
 BLAMED, IN_VAIN = 5, 2  # times in a row that one host is to blame before it is put aside; the same without a new step
+HELD, HELD_S = "run folder held", 120.0  # for whoever holds it to end: file servers keep a dead client's locks for 90 s
 PAUSES_S = (0.0, 5.0, 20.0, 60.0)  # before the attempts after the first, where trainers did not get to train: a full disk may pass
 
 
@@ -228,6 +231,8 @@ class Lead:
         if self._signals or codes & {*ORDERLY}:
             return self._last_exits()
         found = verdict.of_exits(statuses, self._service.code, self._service.ended)
+        if Exit.HELD in codes:
+            return replace(found, what=HELD, culprits=(), line="another live process writes the run folder")
         if Exit.CORRUPTED not in codes:
             return found
         try:
@@ -329,13 +334,27 @@ class Lead:
         return replace(found, line=line)
 
     def _pause(self, found: Verdict) -> None:
-        trained = any(s.beat and s.beat.phase not in ("start", "restore") for s in found.statuses)
+        if found.what == HELD:
+            return self._until_released()
+        trained = any(s.beat and s.beat.phase not in ("start", "restore", "save", "end") for s in found.statuses)
         seconds = 0.0 if trained else PAUSES_S[self._failures - 1]
         if seconds:
             as_lead(f"the next attempt comes in {seconds:.0f} s")
+        self._wait(lambda: False, seconds)
+
+    def _until_released(self) -> None:
+        """Another lead's trainers may have been stopped with all of their host: a lock lives as long as its process."""
+        who = lambda: within(Deadline(DISK_S), lambda: holder(self._run_dir))  # noqa: E731
+        with contextlib.suppress(OSError):
+            if name := who():
+                as_lead(f"{self._run_dir} is in use by {name}: the next attempt comes when it is not, in {HELD_S:.0f} s at the latest")
+                self._wait(lambda: not who(), HELD_S)
+
+    def _wait(self, until: Callable[[], bool], seconds: float) -> None:
+        """Or until a signal comes."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._signals:
-            self._changed.wait(self._host.poll_s)
+        while time.monotonic() < end and not self._signals and not until():
+            self._changed.wait(max(self._host.poll_s, CALM_S))
             self._changed.clear()
 
     def _close_incident(self, lost: str = "") -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from jaxtrain.errors import RunError
+from jaxtrain.errors import ConfigError, HeldError, RunError
 from jaxtrain.observe.folder import RunFolder
 from jaxtrain.train.optim import AdamW
 from tests.disk import disk, fill  # noqa: F401
@@ -44,7 +44,7 @@ def test_another_config_is_refused_with_the_difference_and_overwrites_nothing(co
     _saved(config)
     before = (config.run_dir / "config.json").read_bytes()
     other = dataclasses.replace(config, optim=AdamW(peak_lr=1e-2))
-    with pytest.raises(RunError, match=r"optim\.peak_lr: 0\.0003 -> 0\.01"):
+    with pytest.raises(ConfigError, match=r"optim\.peak_lr: 0\.0003 -> 0\.01"):
         _open(other)
     assert (config.run_dir / "config.json").read_bytes() == before
 
@@ -63,7 +63,7 @@ def test_a_config_that_cannot_be_read_is_an_error_with_a_fix(config):
     _open(config)
     _saved(config)
     (config.run_dir / "config.json").write_text("")
-    with pytest.raises(RunError, match="(?s)config.json is damaged.*remove it"):
+    with pytest.raises(ConfigError, match="(?s)config.json is damaged.*remove it"):
         _open(config)
 
 
@@ -77,14 +77,14 @@ def test_a_checkpoint_without_its_manifest_still_guards_the_config(config):
     _open(config)
     _saved(config)
     (config.run_dir / "checkpoints" / "5" / "manifest.json").unlink()
-    with pytest.raises(RunError, match="belongs to a run of another config"):
+    with pytest.raises(ConfigError, match="belongs to a run of another config"):
         _open(dataclasses.replace(config, steps=20))
 
 
 def test_the_refusal_lists_only_what_stands_in_the_way(config):
     _open(config)
     _saved(config)
-    with pytest.raises(RunError) as error:
+    with pytest.raises(ConfigError) as error:
         _open(dataclasses.replace(config, seed=3, log_every=7))
     assert "seed: 0 -> 3" in str(error.value)
     assert "log_every" not in str(error.value)
@@ -104,7 +104,7 @@ def test_a_folder_in_use_names_its_holder_and_is_free_after_a_kill(config):
     holder = subprocess.Popen([sys.executable, "-c", hold, config.runs_dir], stdout=subprocess.PIPE, text=True)
     with holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=f"process {holder.pid} on "):
+        with pytest.raises(HeldError, match=f"process {holder.pid} on "):
             _open(config)
         os.kill(holder.pid, signal.SIGKILL)
     _open(config)

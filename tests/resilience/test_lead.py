@@ -1,5 +1,6 @@
 """The lead with small scripts in the place of trainers, always in a process of its own, as a user runs it."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -84,6 +85,20 @@ def test_a_killed_trainer_is_named_and_the_run_goes_on_from_what_was_saved(tmp_p
     assert (row["step"], row["restored_step"], row["replayed_steps"]) == (12, 10, 2)
     assert row["recovery_seconds"] == pytest.approx(sum(row["seconds"].values()), abs=0.01)
     assert "[lead] incident 1: process 1" in errors
+
+
+def test_a_run_folder_that_another_process_writes_is_waited_for_and_nobody_is_to_blame(tmp_path):
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        lead = start(tmp_path)
+        said = iter(lead.stderr.readline, "")
+        assert "another live process writes the run folder" in next(said)
+        assert "in use by process 7 on elsewhere" in next(said)
+    lead.communicate(timeout=DEADLINE_S)
+    (row,) = map(json.loads, (tmp_path / "incidents.jsonl").read_text().splitlines())
+    assert lead.returncode == 0 and row["culprits"] == [] and row["what"] == "run folder held"
 
 
 def test_a_stopped_trainer_is_noticed_named_and_killed_with_the_evidence_kept(tmp_path):
