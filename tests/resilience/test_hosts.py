@@ -129,6 +129,18 @@ def test_when_the_lead_is_lost_another_takes_over(job, number):
     assert row["what"] == "lead lost" and f"host {three.addresses[lost]}, which led, was lost" in row["line"]
 
 
+@pytest.mark.slow
+def test_a_lead_that_was_only_stopped_takes_the_end_of_the_job_and_starts_nothing(job):
+    three = job(3, steps=100)
+    three.until_true(lambda: (three.folder / "saved").exists(), "a first save")
+    stopped = three.lead()
+    three.signal(stopped, signal.SIGSTOP)
+    assert set(three.end(set(range(3)) - {stopped}).values()) == {0}
+    three.signal(stopped, signal.SIGCONT)
+    assert three.end({stopped}) == {stopped: 0}
+    assert "term 3" not in three.said()
+
+
 def test_a_host_that_changes_bits_is_put_aside(job, tmp_path):
     row = {"step": 12, "agreed": 0, "found_by": "majority", "suspects": [{"process": 1}]}
     (tmp_path / "corrupt").write_text(json.dumps(row) + "\n")
