@@ -83,6 +83,7 @@ class Host:
         for old in folder.glob("*.pulse"):
             old.unlink()
         self._trainers: list[Child] = []
+        self._pulses: list[pulse.Reader] = []  # theirs
         self._standbys: list[Child] = []
         self._prepared, self._tended = 0, 0.0  # for how many trainers there is a service; when standbys were replaced
         self._services: list[tuple[int, int, Child]] = []  # port, for how many trainers
@@ -173,7 +174,8 @@ class Host:
         self.generation = plan.generation
         self.before_orders()
         for local, child in enumerate(self._trainers):
-            pulse.Pulse(self._pulse(plan, local), plan.generation)
+            path = self.folder / f"{plan.generation}.{plan.first + local}.pulse"
+            self._pulses.append(pulse.begun(path, plan.generation))
             child.head = f"[p{plan.first + local}] "
             child.tell(json.dumps({"env": self._place(plan, local), "argv": [*self._argv, *plan.argv]}))
         return all(child.ready for child in self._trainers)
@@ -188,7 +190,7 @@ class Host:
                 pid=child.pid,
                 code=child.code,
                 ended=child.ended,
-                beat=self._beat(plan, local),
+                beat=self._pulses[local].last(),
                 stopped=child.ended is None and child.stopped(),
             )
             for local, child in enumerate(self._trainers)
@@ -208,6 +210,7 @@ class Host:
             as_host(f"processes {[child.pid for child in stuck]} do not end: the kernel waits for a device or a disk")
         alive = [f"process {child.pid} on {self.name}" for child in stuck if not child.kill(FENCE_S)]
         self._trainers = []
+        self._close_pulses()
         return alive
 
     def forget(self) -> None:
@@ -221,15 +224,15 @@ class Host:
             child.signal(signal.SIGKILL)
         for child in children:
             child.kill(FENCE_SAID_S)
+        self._close_pulses()
         if not self._needed:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
-    def _beat(self, plan: Plan, local: int) -> pulse.Beat | None:
-        return pulse.read(self._pulse(plan, local))
-
-    def _pulse(self, plan: Plan, local: int) -> Path:
-        return self.folder / f"{plan.generation}.{plan.first + local}.pulse"
+    def _close_pulses(self) -> None:
+        for reader in self._pulses:
+            reader.close()
+        self._pulses = []
 
     def _place(self, plan: Plan, local: int) -> dict[str, str]:
         return dict(plan.env) | {
@@ -237,7 +240,7 @@ class Host:
             "JAXTRAIN_NUM_PROCESSES": str(plan.count),
             "JAXTRAIN_PROCESS_ID": str(plan.first + local),
             "JAXTRAIN_GENERATION": str(plan.generation),
-            "JAXTRAIN_PULSE": str(self._pulse(plan, local)),
+            "JAXTRAIN_PULSE": str(self._pulses[local].path),
             "JAXTRAIN_SNAPSHOTS": str(self.folder),
         }
 
@@ -254,10 +257,18 @@ def memory_folder(run_dir: Path, host: str = "") -> Path:
 
 def _held(folder: Path) -> IO[str]:
     """The folder made and locked; the kernel drops the lock with the process. Raises RunError."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise RunError(f"{folder} belongs to somebody else.", rule="a run's memory is its user's own", fix=f"remove {folder}")
-    lock = open(folder / "lock", "w")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise RunError(f"{folder} belongs to somebody else.", rule="a run's memory is its user's own", fix=f"remove {folder}")
+        lock = open(folder / "lock", "w")
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be made.",
+            got=str(error),
+            rule="a run's pulses and snapshots lie in memory",
+            fix=f"make room in {folder.parent}: the same command goes on",
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

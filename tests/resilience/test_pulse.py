@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from jaxtrain.errors import RunError
 from jaxtrain.resilience import pulse, verdict
 from jaxtrain.resilience.deadlines import FACTOR, FEW_S, LEAST, UNKNOWN, Deadlines
 from jaxtrain.resilience.pulse import PHASES, Beat, Pulse
 from jaxtrain.resilience.verdict import Status
+from tests.disk import disk, fill  # noqa: F401
 
 ONE_BEAT_S = 50e-6  # a few microseconds on an idle machine; of a step of 500 ms four beats take 0.04 %
 
@@ -44,6 +47,62 @@ def test_a_record_that_is_being_written_is_not_read(tmp_path):
     raw[0] += 1  # the first sequence number is ahead of the last
     path.write_bytes(raw)
     assert pulse.read(path) is None
+
+
+def test_a_damaged_byte_is_no_news_wherever_it_is(tmp_path):
+    path = tmp_path / "p"
+    mine = Pulse(path)
+    mine.about("data 1", "snapshot 40")
+    mine.beat("step", 7)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x7F]) + whole[at + 1 :])
+        assert pulse.read(path) is None
+    mine = Pulse(path)  # as the trainer does whose supervisor began it
+    mine.beat("step", 8)
+    assert pulse.read(path).step == 8
+
+
+def test_what_was_known_stays_known_when_the_file_is_cut_damaged_or_removed(tmp_path):
+    path = tmp_path / "p"
+    reader = pulse.begun(path, generation=3)
+    try:
+        assert (reader.last().phase, reader.last().generation) == ("start", 3)
+        mine = Pulse(path, generation=3)
+        mine.beat("step", 7)
+        before = reader.last()
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        assert reader.last() == before and before.step == 7
+        mine.beat("step", 8)
+        assert reader.last().step == 8
+        path.unlink()
+        mine.beat("step", 9)
+        assert reader.last().step == 9
+    finally:
+        reader.close()
+
+
+def test_a_reader_survives_a_file_that_is_cut(tmp_path):
+    reader = pulse.begun(tmp_path / "p", generation=1)
+    (tmp_path / "p").write_bytes(b"")
+    assert reader.last() is None  # it never read one
+    reader.close()
+
+
+def test_where_memory_is_full_a_pulse_is_in_the_temporary_directory_as_long_as_it_is_read(disk, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    room = fill(disk)
+    reader = pulse.begun(disk / "1.0.pulse", generation=1)
+    assert reader.path.parent == tmp_path and reader.last().phase == "start"
+    Pulse(reader.path, generation=1).beat("step", 5)
+    assert reader.last().step == 5
+    reader.close()
+    assert not reader.path.exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    with pytest.raises(RunError, match=f"is full(.|\n)*No space left(.|\n)*make room in {tmp_path}"):
+        pulse.begun(disk / "1.0.pulse", generation=1)
+    room.unlink()
+    pulse.begun(disk / "1.0.pulse", generation=1).close()
 
 
 def test_a_beat_costs_next_to_nothing(tmp_path):

@@ -1,0 +1,94 @@
+"""What others do to the folder in memory of a run that is supervised."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from jaxtrain.errors import RunError
+from jaxtrain.resilience import pulse
+from jaxtrain.resilience.deadlines import ENOUGH
+from jaxtrain.resilience.host import Host, Plan
+from tests.disk import disk, fill  # noqa: F401
+from tests.resilience.lines import until
+from tests.resilience.test_lead import DEADLINE_S, forgotten, start  # noqa: F401
+
+SILENT = [sys.executable, "-c", "from jaxtrain.resilience.child import READY; print(READY, flush=True); input(); input()"]
+
+
+@pytest.fixture
+def host(tmp_path):
+    host = Host(["train"], 2, tmp_path / "memory", threading.Event(), trainer=SILENT)
+    yield host
+    host.close()
+
+
+def started(host, generation=1):
+    host.prepare(0)
+    until(host.ready)
+    host.start(Plan(generation=generation, service="", first=0, count=2, env={}))
+
+
+@pytest.fixture
+def lead(tmp_path):
+    """Of a run of two fake trainers, which ends with the test."""
+    process = start(tmp_path, steps=200)
+    process.memory = Path(process.stdout.readline().split()[1])
+    yield process
+    process.kill()
+    process.communicate(timeout=DEADLINE_S)
+
+
+def trainers(memory):
+    """Once both have trained for so long that their deadlines are learned."""
+    paths = [memory / f"1.{index}.pulse" for index in range(2)]
+    until(lambda: all((beat := pulse.read(path)) and beat.counts["step"] > ENOUGH["step"] for path in paths))
+    return [pulse.read(path).pid for path in paths]
+
+
+def rows_of(tmp_path, lead):
+    """The exit code, what was said, and the incidents."""
+    _, errors = lead.communicate(timeout=DEADLINE_S)
+    path = tmp_path / "incidents.jsonl"
+    return lead.returncode, errors, path.read_text() if path.exists() else ""
+
+
+def test_a_full_memory_says_so_before_anything_starts(monkeypatch, tmp_path):
+    def full(*how, **named):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(RunError, match="No space left on device(.|\n)*make room"):
+        Host(["train"], 2, tmp_path / "memory", threading.Event())
+
+
+def test_trainers_start_and_are_watched_in_a_full_memory(disk):
+    fill(disk)
+    host = Host(["train"], 2, disk / "memory", threading.Event(), trainer=SILENT)
+    try:
+        started(host)
+        assert [s.beat.phase for s in host.statuses()] == ["start", "start"]
+    finally:
+        host.close()
+
+
+def test_a_stopped_trainer_is_missed_though_its_pulse_was_removed(lead, tmp_path):
+    first, _ = trainers(lead.memory)
+    for path in lead.memory.glob("*.pulse"):
+        path.unlink()
+    os.kill(first, signal.SIGSTOP)
+    code, errors, rows = rows_of(tmp_path, lead)
+    assert code == 0 and rows.count('"what": "hang"') == 1 and "was stopped" in rows, errors
+
+
+def test_a_damaged_pulse_ends_no_run(lead, tmp_path):
+    trainers(lead.memory)
+    for _ in range(200):
+        with open(lead.memory / "1.0.pulse", "r+b") as file:
+            file.seek(32)
+            file.write(b"\x7f" * 8)
+    code, errors, rows = rows_of(tmp_path, lead)
+    assert code == 0 and not rows, errors
