@@ -5,6 +5,7 @@ It starts and kills what it is told to, and says what it sees. What that means, 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -172,6 +173,7 @@ class Host:
         ready = sorted(self._standbys, key=lambda child: not child.ready)
         self._trainers, self._standbys, self._plan = ready[: self.processes], ready[self.processes :], plan
         self.generation = plan.generation
+        self._hold()
         self.before_orders()
         for local, child in enumerate(self._trainers):
             path = self.folder / f"{plan.generation}.{plan.first + local}.pulse"
@@ -233,6 +235,15 @@ class Host:
         for reader in self._pulses:
             reader.close()
         self._pulses = []
+
+    def _hold(self) -> None:
+        """Makes and locks the folder again where somebody has removed it. Raises RunError."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.folder / "lock"), os.fstat(self._lock.fileno())):
+                return
+        as_host(f"somebody removed {self.folder}, and with it what snapshots it held: it is made again")
+        self._lock.close()
+        self._lock = _held(self.folder)
 
     def _place(self, plan: Plan, local: int) -> dict[str, str]:
         return dict(plan.env) | {

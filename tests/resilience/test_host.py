@@ -1,6 +1,7 @@
 """What others do to the folder in memory of a run that is supervised."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -56,6 +57,26 @@ def rows_of(tmp_path, lead):
     return lead.returncode, errors, path.read_text() if path.exists() else ""
 
 
+def test_a_folder_that_was_removed_is_made_and_locked_again(host, tmp_path):
+    started(host)
+    shutil.rmtree(host.folder)
+    host.fence()
+    started(host, generation=2)
+    assert [s.beat.generation for s in host.statuses()] == [2, 2]
+    with pytest.raises(RunError, match="has a supervisor on this host already"):
+        Host(["train"], 2, host.folder, threading.Event())
+
+
+def test_a_folder_that_was_removed_is_another_supervisors_where_that_one_came_first(host):
+    shutil.rmtree(host.folder)
+    other = Host(["train"], 2, host.folder, threading.Event(), trainer=SILENT)
+    try:
+        with pytest.raises(RunError, match="has a supervisor on this host already"):
+            started(host)
+    finally:
+        other.close()
+
+
 def test_a_full_memory_says_so_before_anything_starts(monkeypatch, tmp_path):
     def full(*how, **named):
         raise OSError(28, os.strerror(28))
@@ -73,6 +94,15 @@ def test_trainers_start_and_are_watched_in_a_full_memory(disk):
         assert [s.beat.phase for s in host.statuses()] == ["start", "start"]
     finally:
         host.close()
+
+
+def test_a_run_whose_folder_in_memory_is_removed_goes_on_after_a_kill(lead, tmp_path):
+    first, _ = trainers(lead.memory)
+    shutil.rmtree(lead.memory)
+    os.kill(first, signal.SIGKILL)
+    code, errors, rows = rows_of(tmp_path, lead)
+    assert code == 0 and rows.count('"what": "SIGKILL"') == 1, errors
+    assert "it is made again" in errors
 
 
 def test_a_stopped_trainer_is_missed_though_its_pulse_was_removed(lead, tmp_path):
