@@ -48,14 +48,14 @@ class Verdict:
 
 def of_exits(statuses: Sequence[Status], service: int | None = None, service_ended: float | None = None) -> Verdict | None:
     """None while nobody failed. The culprit: of those that a signal ended the first, else the first that failed; none of
-    them where the coordination `service` had ended before, with this code, without which no trainer lives.
+    them where the coordination `service`, without which no trainer lives, ended with this code before them.
 
     When one trainer dies its neighbours in a collective fail within milliseconds, by an exception: the signal came first.
     """
     failed = sorted((s for s in statuses if s.code), key=lambda s: s.ended)
     if not failed:
         return None
-    if service_ended is not None and service_ended <= failed[0].ended:
+    if service_ended is not None and (service_ended <= failed[0].ended or _of_its_loss(failed, service)):
         line = f"the coordination service ended by {code_in_words(service or 0)}, and with it {len(failed)} trainers"
         return Verdict(what="service lost", culprits=(), line=line, statuses=statuses)
     first = min(failed, key=lambda s: (s.code > 0, s.ended))
@@ -63,6 +63,12 @@ def of_exits(statuses: Sequence[Status], service: int | None = None, service_end
     step = f" at step {first.beat.step}, phase {first.beat.phase}" if first.beat else " before its first beat"
     line = f"{first.place} ended by {code_in_words(first.code)}{step}{others}"
     return Verdict(what=code_in_words(first.code), culprits=(first.index,), line=line, statuses=statuses)
+
+
+def _of_its_loss(failed: Sequence[Status], service: int | None) -> bool:
+    """Whether codes alone say so: a signal ended the service, which no trainer's end does, and no trainer but by what its
+    loss makes of one. Times do not tell where the supervisor stood still: then all ends are noticed at once, in any order."""
+    return service is not None and service < 0 and all(s.code > 0 or s.code == -signal.SIGABRT for s in failed)
 
 
 def of_corruption(found: Verdict, accused: Sequence[int]) -> Verdict:

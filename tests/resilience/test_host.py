@@ -122,3 +122,25 @@ def test_a_damaged_pulse_ends_no_run(lead, tmp_path):
             file.write(b"\x7f" * 8)
     code, errors, rows = rows_of(tmp_path, lead)
     assert code == 0 and not rows, errors
+
+
+def test_the_service_is_to_blame_where_the_supervisor_stood_still_while_it_ended_and_its_trainers_with_it(lead, tmp_path):
+    both = trainers(lead.memory)
+    service = next(pid for pid in children(lead.pid) if "input()" in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill(lead.pid, signal.SIGSTOP)
+    until(lambda: states(f"{lead.pid}/task/*") == {"T"})  # all threads, of which each waits for one child
+    for pid, number in [(service, signal.SIGKILL), *((pid, signal.SIGABRT) for pid in both)]:
+        os.kill(pid, number)
+    until(lambda: all(states(f"{pid}") == {"Z"} for pid in (service, *both)))
+    os.kill(lead.pid, signal.SIGCONT)
+    code, errors, rows = rows_of(tmp_path, lead)
+    assert code == 0 and rows.count('"what": "service lost"') == 1 and rows.count('"culprits": []') == 1, errors
+
+
+def states(processes):
+    """The kernel's letters for these."""
+    return {path.read_text().rpartition(")")[2].split()[0] for path in Path("/proc").glob(f"{processes}/stat")}
+
+
+def children(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

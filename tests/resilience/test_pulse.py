@@ -150,7 +150,13 @@ def test_no_trainer_is_to_blame_where_the_service_that_all_hang_on_ended_before_
     aborted = [status(0, -6, 5.0), status(1, -6, 5.1)]
     lost = verdict.of_exits(aborted, -9, 4.9)
     assert lost.culprits == () and "the coordination service ended by SIGKILL, and with it 2 trainers" in lost.line
-    assert verdict.of_exits(aborted, -9, 5.2).culprits == verdict.of_exits(aborted).culprits == (0,)
+    assert verdict.of_exits(aborted, 1, 5.2).culprits == verdict.of_exits(aborted).culprits == (0,)
+
+
+def test_times_do_not_excuse_a_service_that_a_signal_ended_where_trainers_ended_as_its_loss_ends_them():
+    aborted, raised, killed = status(0, -6, 5.0), status(1, 1, 5.1), status(2, -9, 5.05)
+    assert verdict.of_exits([aborted, raised], -9, 5.2).what == "service lost"
+    assert verdict.of_exits([raised, killed], -9, 5.2).culprits == (2,)  # its loss kills nobody
 
 
 @pytest.mark.parametrize(
