@@ -67,7 +67,7 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """Raises CheckpointError where there is no checkpoint, DamagedError where its manifest is gone or a byte of it has changed."""
+    """Raises CheckpointError where there is no checkpoint, DamagedError where its manifest is gone, was changed or is another step's."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
@@ -87,6 +87,9 @@ def read(folder: Path) -> Manifest:
         raise DamagedError(f"{path} is damaged.", rule="its sha256 is that of its other fields", fix=fix)
     if fields.pop("format") != FORMAT:
         raise CheckpointError(f"{path} is of another format.", rule=f"format {FORMAT}", fix="a newer jaxtrain")
+    if folder.name.isdecimal() and folder.name != str(fields["step"]):
+        got, rule = f"its state is of step {fields['step']}", "a checkpoint's folder has its step as its name"
+        raise DamagedError(f"{folder} is damaged.", got=got, rule=rule, fix="remove it, or give it its own name again")
     del fields["sha256"]
     arrays = {name: ArrayEntry(**row | {"shape": tuple(row["shape"])}) for name, row in fields.pop("arrays").items()}
     files = {name: FileEntry(*row) for name, row in fields.pop("files").items()}

@@ -1,6 +1,7 @@
 """Restoring: onto other meshes, whole or in part; what differs is shown, what is damaged is named and never restored."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import jax
@@ -179,6 +180,22 @@ def test_a_file_of_another_length_is_named(saved, folder, harm):
     assert any(path.name in line and ("bytes" in line or "missing" in line) for line in damage(folder / "1"))
     with pytest.raises(manifest.DamagedError, match=path.name):
         restore(folder)
+
+
+def test_a_checkpoint_under_another_number_is_damaged_and_the_newest_of_its_own_is_used(saved, folder, capsys):
+    checkpoints, state = saved(1, 2), abstract(placed(make_state(), **FSDP_4X2))
+    for number in ("3", "400"):
+        shutil.copytree(folder / "1", folder / number)
+    assert damage(folder / "400") == ["file   its state is of step 1"]
+    assert checkpoints.latest(state)[1].step == 2
+    said = capsys.readouterr().err
+    assert all(f"skipped the checkpoint of step {number}" in said for number in (3, 400)) and "its state is of step 1" in said
+    assert checkpoints.newest() == 2
+    checkpoints.save(3, placed(make_state(3), **FSDP_4X2), config={}, data={})
+    checkpoints.wait()
+    assert checkpoints.latest(state)[1].step == 3
+    shutil.copytree(folder / "1", folder / "best")
+    assert damage(folder / "best") == []
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(saved, folder):
