@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,19 @@ from pathlib import Path
 from jaxtrain.checkpoint.manifest import in_words
 from jaxtrain.cluster import few
 from jaxtrain.errors import CheckpointError
+
+_ROOM = ("the disk has room for one checkpoint more than are kept", "free space, or a smaller checkpoint.keep_last")
+_IN_PLACE = ("{} is a folder", "remove the file in its place, or another --runs-dir")
+_FILES = ("a process may have the files of a checkpoint open", "a larger ulimit -n")
+_FIXES = {  # TensorStore's errors have the system's words, and no number
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EEXIST: _IN_PLACE,
+    errno.ENOTDIR: _IN_PLACE,
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EACCES: ("{} can be written", "give write permission, or another --runs-dir"),
+}
 
 
 def warn_of_unequal_copies(step: int, hashes: Mapping[str, list[str]]) -> None:
@@ -31,13 +45,9 @@ def unusable(what: str, error: Exception, directory: Path, seconds: float) -> Ch
     if isinstance(error, TimeoutError):
         got, rule = f"no answer from {directory} in {seconds:.0f} s", "the file system answers within checkpoint.deadline_seconds"
         return CheckpointError(what, got=got, rule=rule, fix="look at the file system and its server, or another --runs-dir")
-    full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return CheckpointError(
-        what,
-        got=in_words(error),
-        rule="the disk has room for one checkpoint more than are kept" if full else f"{directory} can be written",
-        fix="free space, or a smaller checkpoint.keep_last" if full else "give write permission, or another --runs-dir",
-    )
+    found = {getattr(error, "errno", None)} | {number for number in _FIXES if os.strerror(number) in str(error)}
+    rule, fix = next((row for number, row in _FIXES.items() if number in found), _FIXES[errno.EACCES])
+    return CheckpointError(what, got=in_words(error), rule=rule.format(directory), fix=fix)
 
 
 def too_slow(step: int, directory: Path, seconds: float) -> CheckpointError:

@@ -92,10 +92,15 @@ def no_checkpoints(directory: Path) -> list[tuple[str, str]]:
     return [*(("damaged", str(step)) for step in damaged), *(("unfinished", path.name) for path in leftovers(directory))]
 
 
+def remove(leftover: Path) -> None:
+    """A folder, or a file or a link in its place."""
+    shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink(missing_ok=True)
+
+
 def delete(folder: Path) -> None:
     """Removes a checkpoint; killed in between, it leaves something that is no checkpoint."""
     doomed = folder.with_name(f"{folder.name}{DELETING}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 

@@ -11,6 +11,7 @@ A save, in order:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
@@ -217,7 +218,7 @@ class Checkpoints:
         fresh = not self.directory.exists()
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in files.leftovers(self.directory):
-            shutil.rmtree(path)
+            files.remove(path)
         try:
             files.write_durably(self.directory / ".writable", b"")
             (self.directory / ".writable").unlink()
@@ -344,7 +345,8 @@ class Checkpoints:
         """
         for path in files.leftovers(self.directory):  # of saves that failed where they could not be cleaned up
             if saving is None or path != self._saving(saving):  # which other processes may have begun
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    files.remove(path)
         for step in expired(set(self.steps()) - self._damaged, self.config):
             files.delete(self.directory / str(step))
 

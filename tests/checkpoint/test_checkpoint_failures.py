@@ -9,7 +9,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from jaxtrain.checkpoint import CheckpointConfig, Checkpoints, files, manifest, peers, save, storage
+from jaxtrain.checkpoint import CheckpointConfig, Checkpoints, complaints, files, manifest, peers, save, storage
 from jaxtrain.errors import CheckpointError, ConfigError
 from tests.disk import disk, remount  # noqa: F401
 
@@ -136,6 +136,33 @@ def test_a_folder_that_takes_no_file_is_said_where_there_are_checkpoints_and_ref
     for _ in range(2):
         with pytest.raises(CheckpointError, match="cannot be kept"):
             Checkpoints(folder.parent / "new", CheckpointConfig())
+
+
+def test_files_in_the_place_of_leftovers_are_removed_like_them(opened, folder):
+    saved(opened(), 1)
+    for name in ("90.saving", "1.deleting"):
+        (folder / name).write_text("")
+    checkpoints = opened()
+    assert [path.name for path in folder.iterdir()] == ["1"]
+    for name in ("2.saving", "1.deleting"):
+        (folder / name).write_text("")
+    saved(checkpoints, 1)
+    saved(checkpoints, 2)
+    assert checkpoints.steps() == [1, 2] and files.no_checkpoints(folder) == []
+
+
+@pytest.mark.parametrize(
+    "error, fix",
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
+        (ValueError("Error opening file: Too many open files"), "ulimit -n"),
+        (OSError(errno.EEXIST, os.strerror(errno.EEXIST)), "remove the file"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "free space"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES)), "give write permission"),
+    ],
+)
+def test_the_fix_of_a_folder_that_cannot_be_used_is_of_its_trouble(folder, error, fix):
+    assert fix in complaints.unusable("what.", error, folder, 1.0).fix
 
 
 def test_a_disk_that_does_not_answer_never_holds_the_loop_for_long(opened, silent, capsys):
