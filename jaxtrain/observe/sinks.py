@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import socket
 import struct
+import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxtrain.cluster import few
 from jaxtrain.errors import RunError
 
 Value = float | int | list["Value"]  # a list holds one value of each of many: of each expert, by layer
@@ -81,13 +83,19 @@ Sink = Console | Jsonl | TensorBoard | Wandb
 
 
 class JsonlWriter:
-    """Appends rows; opening cuts rows after `first_step` and a torn last line, which a killed process may have left."""
+    """Appends rows; opening cuts rows after `first_step` and a torn last line, which a killed process may have left.
+
+    Lines before that which are no rows stay, and are said: a log is no reason to stop a run.
+    """
 
     def __init__(self, path: Path, first_step: int):
-        kept = sum(1 for _ in takewhile(lambda pair: pair[1]["step"] <= first_step, _lines(path)))
         self._file = open(path, "ab", buffering=0)
-        lines = path.read_bytes().split(b"\n")[:kept]
-        self._file.truncate(sum(len(line) + 1 for line in lines))  # in place: a full disk has room for that
+        lines = whole_lines(path)
+        kept = list(takewhile(lambda row: row is None or row["step"] <= first_step, (row_of(line) for line in lines)))
+        self._file.truncate(sum(len(line) + 1 for line in lines[: len(kept)]))  # in place: a full disk has room for that
+        if damaged := [number for number, row in enumerate(kept, 1) if row is None]:
+            with contextlib.suppress(OSError):  # stderr may be a file on the same disk
+                print(f"{path}: line {few(damaged)} cannot be read, and stays as it is", file=sys.stderr, flush=True)
 
     def write(self, row: Row) -> None:
         append(self._file, json.dumps(row).encode() + b"\n")
@@ -108,20 +116,23 @@ def append(file: FileIO, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """The whole lines of a file that may not exist, as text and as rows. Raises RunError for one that is damaged."""
-    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            yield f"{line}\n", json.loads(line)
-        except ValueError as error:
-            fix = "remove the line, then run the same command again"
-            raise RunError(f"{path}, line {number} is damaged.", got=line[:60], rule="a line is JSON", fix=fix) from error
+def whole_lines(path: Path) -> list[bytes]:
+    """Of a file that may not exist, without what was torn off at its end."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a torn last line is left out. Raises RunError for another that is damaged."""
-    return [row for _, row in _lines(path)]
+def row_of(line: bytes, key: str = "step") -> Row | None:
+    """The JSON object of a line, which has a whole number at `key`; None where a line is no such row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get(key), int) else None
+
+
+def read_rows(path: Path, key: str = "step") -> list[Row]:
+    """The rows of a metrics.jsonl, or of another such file; lines that are no rows are left out."""
+    return [row for line in whole_lines(path) if (row := row_of(line, key)) is not None]
 
 
 class TensorBoardWriter:

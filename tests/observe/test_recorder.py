@@ -50,12 +50,16 @@ def test_a_resume_cuts_rows_after_its_step_and_a_torn_last_line(tmp_path):
     assert read_rows(path) == [{"step": 1}, {"step": 2}, {"step": 2, "eval/loss": 3.0}]
 
 
-def test_a_damaged_line_is_named_with_its_number(tmp_path):
+def test_lines_that_are_no_rows_are_said_and_kept_and_stop_nothing(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"st\xffep": 2\n{"step": 3}\n')
-    with pytest.raises(RunError, match="(?s)metrics.jsonl, line 2 is damaged.*remove the line"):
-        Recorder((Jsonl(),), tmp_path, first_step=3, steps=9)
-    assert path.read_bytes().count(b"\n") == 3
+    kept = b'{"step":\n 1}\n{"st\xffep": 2}\n{}\nnull\n{"step": "2"}\n{"step": 2\r}\n{"step": 3}\n'
+    path.write_bytes(kept + b'{"step": 4}\n[]\n{"step": 5}\n')
+    recorder = Recorder((Jsonl(),), tmp_path, first_step=3, steps=9)
+    assert "metrics.jsonl: line 1, 2, 3, 4, 5, 6 cannot be read, and stays as it is" in capsys.readouterr().err
+    recorder.write(4, {"train/loss": 1.0})
+    recorder.close()
+    assert path.read_bytes() == kept + b'{"step": 4, "train/loss": 1.0}\n'
+    assert read_rows(path) == [{"step": 2}, {"step": 3}, {"step": 4, "train/loss": 1.0}]
 
 
 def test_rows_reach_every_sink(tmp_path, capsys):
