@@ -25,7 +25,7 @@ FLUSH_S = 3.0  # at the end, for a stream that stands still
 class Writer:
     """`stream`: says which it is now. Lines come out in the order in which they were put."""
 
-    def __init__(self, stream: Callable[[], IO[str]]):
+    def __init__(self, stream: Callable[[], IO[str] | None]):
         self._stream, self._thread = stream, None
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._waiting, self._dropped = 0, 0  # bytes; lines
@@ -67,6 +67,8 @@ class Writer:
     def _write(self, data: bytes) -> None:
         """Past the stream's buffer: at exit Python would wait for the lock of one that a thread is writing to."""
         stream = self._stream()
+        if stream is None:  # it was closed when this process began: its descriptor may be another file's
+            return
         try:
             descriptor = stream.fileno()
         except OSError:  # a stream of Python's alone

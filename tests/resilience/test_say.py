@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from jaxtrain.resilience import say
 from tests.resilience.lines import LONG_S
 from tests.resilience.supervisors import ROOT
@@ -84,3 +86,12 @@ def test_lines_of_several_threads_come_whole_and_each_threads_in_order(tmp_path)
         writer.flush()
     rows = [tuple(map(int, line.split())) for line in (tmp_path / "said").read_text().splitlines()]
     assert all([i for who, i in rows if who == n] == [*range(500)] for n in range(4)) and len(rows) == 2000
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_stream_that_was_closed_at_the_start_loses_its_lines_and_nothing_else(tmp_path, closed):
+    script = "from jaxtrain.resilience import say; [w.put('said') for w in (say.OUT, say.ERR) for _ in range(3)]; say.flush()"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}>&-', sys.executable, script], cwd=ROOT, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"said\n" * 3)
