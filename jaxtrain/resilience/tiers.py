@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import uuid
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxtrain.resilience.slots import Moment
 from jaxtrain.resilience.snapshots import Snapshots
 
 GENERATION = "JAXTRAIN_GENERATION"
+_NAME = re.compile(rb"[0-9a-f]{32}")
 
 
 def opened(config: RunConfig) -> Snapshots | None:
@@ -44,9 +46,14 @@ def _identity(run_dir: Path) -> str:
 
     def read_or_make(_: list[None]) -> str:
         path = run_dir / "identity"
-        if not path.exists():
-            files.write_durably(path, uuid.uuid4().hex.encode())
-        return path.read_text()
+        name = path.read_bytes() if path.exists() else None
+        if name is None or not _NAME.fullmatch(name):
+            if name is not None:
+                what = f"{path} is damaged: it is made anew, and snapshots in memory from before that count no more"
+                print(what, file=sys.stderr, flush=True)
+            name = uuid.uuid4().hex.encode()
+            files.write_durably(path, name)
+        return name.decode()
 
     return peers.agree(peers.new_round(), lambda: None, read_or_make, Deadline(300.0))
 

@@ -24,6 +24,7 @@ from typing import Any
 from jaxtrain.background import Deadline, in_background, within
 from jaxtrain.checkpoint.files import write_durably
 from jaxtrain.errors import RunError
+from jaxtrain.observe.sinks import row_of, whole_lines
 from jaxtrain.resilience.tenure import still_valid
 
 FILE, EVENTS = "verified.json", "corruption.jsonl"
@@ -133,16 +134,17 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 def accused(run_dir: Path) -> list[int]:
     """The processes that the last difference was found in, where it is certain; else none."""
-    path = run_dir / EVENTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    row = json.loads(lines[-1]) if lines else {"found_by": "", "suspects": []}
-    certain = row["found_by"] in ("majority", "replay")
+    last = next(reversed(whole_lines(run_dir / EVENTS)), b"")
+    row = row_of(last) or {}  # one that is damaged says nothing, and an older one accuses the wrong
+    certain = row.get("found_by") in ("majority", "replay")
     return sorted({suspect["process"] for suspect in row["suspects"]}) if certain else []
 
 
 def _read(path: Path) -> dict[str, int]:
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    if (kept := row_of(data, "agreed")) is None or not isinstance(kept.get("differs", 0), int):
         fix = "remove it: copies are then taken for equal up to the step that the run resumes from"
-        raise RunError(f"{path} is damaged.", got=str(error), rule="it says how far copies agreed", fix=fix) from error
+        raise RunError(f"{path} is damaged.", got=repr(data[:60]), rule='{"agreed": STEP}, and "differs": STEP', fix=fix)
+    return kept
