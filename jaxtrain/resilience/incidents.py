@@ -1,20 +1,22 @@
 """A run's incidents: a row each in incidents.jsonl of its folder, also of those that outlived their supervisor.
 
-One that is not over is incidents/N.json; whoever leads next makes a row of it. Nobody who watches waits for a disk longer
-than DISK_S: what cannot be written is said, and left out.
+One that is not over is incidents/N.json, locked while its supervisor lives; whoever leads next makes a row of it. Nobody
+who watches waits for a disk longer than DISK_S: what cannot be written is said, and left out. So is what cannot be read.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxtrain.background import Deadline, in_background, within
-from jaxtrain.errors import RunError
-from jaxtrain.observe.sinks import append, read_rows
+from jaxtrain.cluster import few
+from jaxtrain.observe.sinks import append, row_of, whole_lines
 from jaxtrain.resilience import verdict
 from jaxtrain.resilience.say import as_lead
 from jaxtrain.resilience.verdict import Verdict
@@ -63,9 +65,10 @@ class Record:
     def __init__(self, run_dir: Path):
         self.folder, self._rows, self.number = run_dir / FOLDER, run_dir / FILE, 0
         self._waiting: list[str] = []  # rows that a disk did not take
+        self._held = ExitStack()  # the file of the incident that is not over, locked
         try:
             self.number = within(Deadline(DISK_S), self._taken_up)
-        except (OSError, ValueError, KeyError, RunError) as error:
+        except OSError as error:
             as_lead(f"the incidents before are not known: {error}")
 
     def begin(self, incident: Incident) -> None:
@@ -81,6 +84,7 @@ class Record:
         def work() -> None:
             _append(self._rows, "".join(self._waiting))
             self._of(incident.number).unlink(missing_ok=True)
+            self._held.close()
 
         try:
             within(Deadline(DISK_S), work)
@@ -94,22 +98,48 @@ class Record:
     def _write(self, path: Path, text: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
-        new.write_text(text)
+        file = self._held.enter_context(open(new, "w"))
+        _lock(file)
+        file.write(text)
+        file.flush()
         os.replace(new, path)
 
     def _taken_up(self) -> int:
         """The last number, after what was left unfinished has become rows."""
+        lines = whole_lines(self._rows)
         if self._rows.exists():
-            whole = self._rows.read_bytes().rpartition(b"\n")
-            os.truncate(self._rows, len(whole[0]) + len(whole[1]))  # a torn last line, which nobody saw whole
-        known = {row["incident"] for row in read_rows(self._rows)}
+            os.truncate(self._rows, sum(len(line) + 1 for line in lines))  # a torn last line, which nobody saw whole
+        rows = [row_of(line, "incident") for line in lines]
+        if None in rows:
+            numbers = [number for number, row in enumerate(rows, 1) if row is None]
+            as_lead(f"{self._rows}: line {few(numbers)} cannot be read, and stays as it is")
+        known = {row["incident"] for row in rows if row is not None}
         for path in sorted(self.folder.glob("*.json")):
-            number = json.loads(text := path.read_text())["incident"]
-            if number not in known:
-                _append(self._rows, text + "\n")
-                known.add(number)
-            path.unlink()
+            known |= self._settled(path, known)
         return max(known, default=0)
+
+    def _settled(self, path: Path, known: set[int]) -> set[int]:
+        """The number of one that was left unfinished, which is a row then; of one whose supervisor lives, which it is not."""
+        with open(path, "r+b") as file:
+            row = row_of(file.read(), "incident")
+            if row is None:
+                as_lead(f"{path} cannot be read, and stays beside the others as {path.stem}.damaged")
+                os.replace(path, path.with_suffix(".damaged"))
+                return set()
+            try:
+                _lock(file)
+            except BlockingIOError:
+                as_lead(f"incident {row['incident']} is not over: another supervisor of this run lives")
+                return {row["incident"]}
+            if row["incident"] not in known:
+                _append(self._rows, json.dumps(row) + "\n")
+            path.unlink()
+            return {row["incident"]}
+
+
+def _lock(file: IO[Any]) -> None:
+    """The kernel drops it with the process, and for all who see the folder. Raises BlockingIOError where another has it."""
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _append(path: Path, lines: str) -> None:
