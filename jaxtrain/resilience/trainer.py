@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+from jaxtrain.exits import Exit
+
+if __name__ == "__main__":  # before what takes longer to import, and until the run listens: nothing would be lost
+    signal.signal(signal.SIGINT, lambda *_: os._exit(Exit.INTERRUPTED))
+
 import contextlib
 import importlib
 import json
-import os
 import sys
 import threading
 import traceback
