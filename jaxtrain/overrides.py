@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import meshes
-from jaxtrain.errors import ConfigError, closest
+from jaxtrain.errors import ConfigError, UserError, closest
 from meshes.rules import WAYS
 
 Path = tuple[str, ...]
@@ -33,8 +33,7 @@ def apply(config: Any, argv: list[str], also: Iterable[str] = ()) -> Any:
         if choices:
             config = _replaced(config, _path(flag), _chosen(flag, values, choices))
         else:
-            none = values == ["None"] and isinstance(_at(config, _path(flag)[:-1]), dict)  # of the mesh's axes
-            typed.append((flag, [] if none else values))
+            typed.append(_as_tyro_reads(config, flag, values))
     _check_names(config, [flag for flag, _ in typed], also)
     return _parse(config, typed)
 
@@ -55,29 +54,41 @@ def print_help(config: Any, prog: str) -> None:
 
 
 def leaves(config: Any) -> dict[str, Any]:
-    """{"mesh.fsdp": -1, ...}: the flags of a config (without dashes) and their values."""
-    rows: dict[str, Any] = {}
-    for name, value in _children(config):
-        below = leaves(value) if _children(value) else {"": value}
-        rows |= {f"{name}.{path}" if path else name: leaf for path, leaf in below.items()}
-    return rows
+    """{"mesh.fsdp": -1, "optim": Lion, "optim.peak_lr": ...}: the flags of a config (without dashes) and their values.
+
+    Of a dataclass in whose place another could stand the value is its class; its fields follow.
+    """
+    return {".".join(path): _leaf(_at(config, path)) for path in _shown(config)}
 
 
 def sources(config: Any, overridden: Any) -> dict[str, str]:
     """For each leaf where its value comes from: "override", "config" (the file says so) or "default"."""
-    before, defaults = leaves(config), _default_leaves(config)
-    origin = {path: "config" if path not in defaults or defaults[path] != v else "default" for path, v in before.items()}
-    after = leaves(overridden)
-    return {p: origin[p] if p in before and _same(before[p], v) else "override" for p, v in after.items()}
+    return {".".join(path): _source(config, overridden, path) for path in _shown(overridden)}
+
+
+def _source(config: Any, overridden: Any, path: Path) -> str:
+    before, after = (_leaf(_at(value, path)) for value in (config, overridden))
+    if not _same(before, after):
+        return "override"
+    return "default" if _same(_leaf(_default_at(config, path)), before) else "config"
 
 
 def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _children(value: Any) -> list[tuple[str, Any]]:
-    """Named parts of a value as it is shown: `_parts`, but rules count as one value, and so does a mapping."""
-    return [] if isinstance(value, meshes.Rules | dict) else _parts(value)
+def _leaf(value: Any) -> Any:
+    return type(value) if dataclasses.is_dataclass(value) and not isinstance(value, meshes.Rules) else value
+
+
+def _shown(config: Any) -> Iterator[Path]:
+    """Paths of the values that are shown, and of dataclasses that are there by choice; rules that have a name are one."""
+    fixed = typing.get_type_hints(type(config))
+    for name, value in _parts(config):
+        below = [] if value in meshes.PRESETS.values() else list(_shown(value))
+        if not below or (dataclasses.is_dataclass(value) and fixed.get(name) is not type(value)):
+            yield (name,)
+        yield from ((name, *path) for path in below)
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
@@ -91,16 +102,14 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _default_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves whose dataclass declares a default, with that default."""
-    rows: dict[str, Any] = {}
-    declared = {f.name: _default(f) for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else {}
-    for name, child in _children(value):
-        if _children(child):
-            rows |= _default_leaves(child, f"{prefix}{name}.")
-        elif declared.get(name, dataclasses.MISSING) is not dataclasses.MISSING:
-            rows[prefix + name] = declared[name]
-    return rows
+def _default_at(config: Any, path: Path) -> Any:
+    """What is there where nobody says otherwise: in its owner's default if that is of the owner's class, else as the
+    class declares; MISSING where it declares none."""
+    owner, above = _at(config, path[:-1]), _default_at(config, path[:-1]) if path[1:] else dataclasses.MISSING
+    if type(owner) is type(above):
+        return dict(_parts(above)).get(path[-1], dataclasses.MISSING)
+    fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
+    return {f.name: _default(f) for f in fields}.get(path[-1], dataclasses.MISSING)
 
 
 def _default(f: dataclasses.Field) -> Any:
@@ -154,6 +163,20 @@ def _chosen(flag: str, values: list[str], choices: dict[str, Any]) -> Any:
     return _instance(choice) if isinstance(choice, type) else choice
 
 
+def _as_tyro_reads(config: Any, flag: str, values: list[str]) -> tuple[str, list[str]]:
+    """`--model.tied False` is --model.no-tied; a letter that lies on no mesh axis, None, is a tuple without values."""
+    path, said = _path(flag), " ".join(values)
+    if said == "None" and isinstance(_at(config, path[:-1]), dict):
+        return flag, []
+    if isinstance(_at(config, path), bool) and said.lower() in ("true", "false"):
+        return (flag if said.lower() == "true" else _flag(_negated(path))), []
+    return flag, values
+
+
+def _negated(path: Path) -> Path:
+    return *path[:-1], f"no_{path[-1]}"
+
+
 def _replaced(config: Any, path: Path, choice: Any) -> Any:
     if not path:
         return choice
@@ -176,7 +199,7 @@ def _instance(kind: type) -> Any:
 
 def _check_names(config: Any, flags: list[str], also: Iterable[str]) -> None:
     paths, own = list(_paths(config)), [(name,) for name in also]
-    negated = {_flag((*path[:-1], f"no_{path[-1]}")) for path in paths if isinstance(_at(config, path), bool)}
+    negated = {_flag(_negated(path)) for path in paths if isinstance(_at(config, path), bool)}
     for flag in flags:
         if flag.replace("_", "-") not in negated.union(map(_flag, paths)):
             raise ConfigError(
@@ -218,6 +241,9 @@ def _parse(config: Any, pairs: list[tuple[str, list[str]]]) -> Any:
     for group in (pairs, *([pair] for pair in pairs)):
         try:
             changed = _changed(config, [word for flag, values in group for word in (flag, *values)], "jaxtrain")
+        except UserError:
+            if group is pairs:
+                raise
         except _Refused as error:
             if group is pairs:
                 continue

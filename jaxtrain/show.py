@@ -8,6 +8,7 @@ from jaxtrain.command import parse
 from jaxtrain.config import RunConfig, load
 from jaxtrain.overrides import leaves, sources
 from jaxtrain.xla import check
+from meshes import PRESETS, Rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,10 @@ def main(argv: list[str]) -> int:
 
 
 def table(plain: RunConfig, config: RunConfig) -> str:
-    """A line per value: its flag, the value, and default, config (the file) or override (the command line)."""
+    """A line per value or choice: its flag, the value, and default, config (the file) or override (the command line)."""
     values, origin = leaves(config), sources(plain, config)
     wide = max(map(len, values)) + 2
-    return "\n".join(f"{path:<{wide}}{_text(value):<44}  {origin[path]}" for path, value in values.items())
+    return "\n".join(f"{path:<{wide}}{_text(path, value):<44}  {origin[path]}" for path, value in values.items())
 
 
 def derived(config: RunConfig) -> str:
@@ -47,5 +48,10 @@ def derived(config: RunConfig) -> str:
     return "\n".join(f"{name:<18}{value}" for name, value in rows.items())
 
 
-def _text(value: object) -> str:
+def _text(path: str, value: object) -> str:
+    """Choices by the names that flags take; no flag takes a model, whose module is its family."""
+    if isinstance(value, Rules):
+        return next(name for name, preset in PRESETS.items() if preset == value)
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__name__}" if path == "model" else value.__name__
     return value if isinstance(value, str) else repr(value)

@@ -125,6 +125,22 @@ def test_show_prints_values_sources_and_what_follows(capsys):
     assert "parameters" in out
 
 
+def test_show_names_what_was_chosen(capsys):
+    assert main(["show", "configs/quickstart.py", "--optim", "Lion", "--data", "Synthetic", "--rules", "FSDP"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        ["model", "models.llama.Config", "config"],
+        ["optim", "Lion", "override"],
+        ["data", "Synthetic", "override"],
+        ["rules", "FSDP", "override"],
+        ["eval.data", "Text", "config"],
+        ["replicas", "Together", "default"],
+    ):
+        assert row in rows
+    assert main(["show", "configs/quickstart.py", "--rules.acts.K", "None"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 160
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_without_jax_and_in_under_a_second(path):
     code = "import sys, time; t = time.process_time(); from jaxtrain.config import load; load(sys.argv[1]);"

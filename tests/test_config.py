@@ -6,11 +6,13 @@ import pytest
 
 from jaxtrain import overrides
 from jaxtrain.config import check, differences, encode, load
+from jaxtrain.data.source import Synthetic
 from jaxtrain.errors import ConfigError, LayoutError, UserError
 from jaxtrain.layout import check_layout
 from jaxtrain.observe.ending import Baselines, Sample
+from jaxtrain.resilience.health import RollBackSpikes
 from jaxtrain.train.optim import AdamW, Lion
-from jaxtrain.train.replicas import DiLoCo
+from jaxtrain.train.replicas import DiLoCo, Together
 from jaxtrain.train.schedule import WSD
 from meshes import DEFAULT, FSDP, FSDP_TP, TP, TP_SP, Capacity, Interleaved, MeshConfig, Ragged, Ring, Ulysses
 from models import moe
@@ -108,6 +110,44 @@ def test_each_value_knows_where_it_comes_from():
     assert origin["optim.peak_lr"] == "override"
     assert origin["steps"] == "config"
     assert origin["optim.b1"] == "default"
+
+
+def test_a_choice_has_a_row_of_its_own_above_its_fields():
+    changed = _apply("--optim", "Lion", "--optim.schedule", "WSD", "--health.spikes", "RollBackSpikes")
+    shown, origin = overrides.leaves(changed), overrides.sources(TINY, changed)
+    rows = list(shown)
+    for path, kind, below in (
+        ("optim", Lion, "optim.peak_lr"),
+        ("optim.schedule", WSD, "optim.schedule.warmup"),
+        ("health.spikes", RollBackSpikes, "health.spikes.margin"),
+    ):
+        assert shown[path] is kind and origin[path] == "override" and rows.index(path) == rows.index(below) - 1
+    assert shown["data"] is Synthetic and origin["data"] == "config"
+    assert shown["replicas"] is Together and origin["replicas"] == origin["sinks.0"] == "default"
+    assert shown["model"] is type(TINY.model)
+    assert "mesh" not in shown and "checkpoint" not in shown  # nothing else could stand there
+
+
+def test_rules_are_shown_by_name_and_those_without_one_by_their_parts():
+    named, unnamed = _apply("--rules", "FSDP"), _apply("--rules.acts.K", "None")
+    assert overrides.leaves(named)["rules"] == FSDP and "rules.acts.B" not in overrides.leaves(named)
+    shown, origin = overrides.leaves(unnamed), overrides.sources(TINY, unnamed)
+    assert "rules" not in shown and shown["rules.acts.K"] == () and shown["rules.pipeline"] is Interleaved
+    assert [path for path, source in origin.items() if source == "override"] == ["rules.acts.K"]
+    assert origin["rules.acts.B"] == origin["rules.pipeline"] == "default"
+
+
+def test_a_yes_or_no_takes_its_value_as_a_word_too():
+    for argv, tied in ((["True"], True), (["true"], True), ([], True), (["False"], False)):
+        assert _apply("--model.tied", *argv).model.tied is tied
+    assert _apply("--model.tied", "--model.no-tied").model.tied is False
+    with pytest.raises(ConfigError, match="(?s)cannot take 'maybe'.*fix   such as --model.tied False"):
+        _apply("--model.tied", "maybe")
+
+
+def test_the_flag_that_cannot_be_read_is_blamed_although_others_only_go_together():
+    with pytest.raises(ConfigError, match="--steps cannot take 'many'"):
+        _apply("--mesh.data", "-1", "--mesh.fsdp", "1", "--steps", "many")
 
 
 def test_a_number_that_no_run_can_mean_is_refused():
