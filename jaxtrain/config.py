@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import runpy
 import sys
 import traceback
@@ -12,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from jaxtrain import ranges
 from jaxtrain.checkpoint.policy import CheckpointConfig
-from jaxtrain.data.source import Source, check_disjoint
+from jaxtrain.data.source import Source, check_disjoint, check_vocab
 from jaxtrain.errors import ConfigError, UserError
 from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
@@ -36,6 +36,9 @@ class EvalConfig:
     data: Source
     every: int = 500
     max_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        ranges.check("eval", self, every=ranges.FROM_ZERO, max_batches=ranges.FROM_ONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +126,10 @@ def _from_file(path: Path) -> RunConfig:
 
 def check(config: RunConfig) -> RunConfig:
     """The config itself, if its fields agree with each other; a device count is not needed. Raises ConfigError."""
-    for name in ("steps", "batch", "seq_len", "accumulate", "log_every"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} = {getattr(config, name)} is not positive.", rule=f"{name} is at least 1")
-    _check_ranges(config)
+    from_one = dict.fromkeys(("steps", "batch", "seq_len", "accumulate", "log_every"), ranges.FROM_ONE)
+    ranges.check("", config, **from_one, z_loss=ranges.FROM_ZERO, seed=ranges.FROM_ZERO)
+    for source in (config.data, *([config.eval.data] if config.eval else [])):
+        check_vocab(source, config.model.vocab_size)
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError(
             f"name = {config.name!r} is no folder name.",
@@ -142,23 +145,6 @@ def check(config: RunConfig) -> RunConfig:
     if config.eval:
         check_disjoint(config.data, config.eval.data)
     return config
-
-
-def _check_ranges(config: RunConfig) -> None:
-    """Raises ConfigError for a number that no run can mean."""
-    optim = config.optim
-    positive = {"optim.peak_lr": optim.peak_lr, "optim.clip": optim.clip}
-    least_zero = {"optim.weight_decay": optim.weight_decay, "optim.schedule.warmup": optim.schedule.warmup}
-    least_zero |= {"z_loss": config.z_loss, "seed": config.seed}
-    if config.eval:
-        least_zero["eval.every"] = config.eval.every
-        positive["eval.max_batches"] = config.eval.max_batches
-    for name, value in (positive | least_zero).items():
-        if value is None:
-            continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
-            rule = "a positive number" if name in positive else "zero or a positive number"
-            raise ConfigError(f"{name} = {value} is out of range.", rule=f"{name} is {rule}")
 
 
 def encode(value: Any) -> Any:

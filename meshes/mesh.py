@@ -21,7 +21,10 @@ INNER = ("expert", "context", "tensor")  # talk within every layer, so they must
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices along each mesh axis, outer to inner; the one axis at -1 takes what the others leave."""
+    """How many devices along each mesh axis, outer to inner; the one axis at -1 takes what the others leave.
+
+    Raises LayoutError for what is no size, and for two axes at -1.
+    """
 
     replica: int = 1
     data: int = 1
@@ -31,20 +34,26 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
 
-    def sizes(self, num_devices: int) -> dict[str, int]:
-        """Axis name -> size, whose product is `num_devices`. Raises LayoutError where there is no such filling."""
-        sizes = {axis: getattr(self, axis) for axis in AXES}
-        for axis, size in sizes.items():
-            if size < 1 and size != -1:
-                rule = "an axis is 1 or more, or -1 for the rest"
-                raise LayoutError(f"mesh.{axis} = {size} is no size.", rule=rule, fix=f"mesh.{axis} = 1")
-        free = [axis for axis, size in sizes.items() if size == -1]
-        if len(free) > 1:
+    def __post_init__(self):
+        for axis in AXES:
+            size = getattr(self, axis)
+            if not isinstance(size, int) or (size < 1 and size != -1):
+                rule = "an axis is a whole number, 1 or more, or -1 for the rest"
+                raise LayoutError(f"mesh.{axis} = {size!r} is no size.", rule=rule, fix=f"mesh.{axis} = 1")
+        if len(free := self._free) > 1:
             raise LayoutError(
                 f"mesh.{' and mesh.'.join(free)} are all -1.",
                 rule="one axis at most may be -1 (fsdp is, unless set)",
-                fix=f"mesh.{free[-1]} = 1",
+                fix=" or ".join(f"mesh.{axis} = 1" for axis in free),
             )
+
+    @property
+    def _free(self) -> list[str]:
+        return [axis for axis in AXES if getattr(self, axis) == -1]
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Axis name -> size, whose product is `num_devices`. Raises LayoutError where there is no such filling."""
+        sizes, free = {axis: getattr(self, axis) for axis in AXES}, self._free
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if num_devices % fixed or (not free and fixed != num_devices):
             raise _does_not_fill(sizes, fixed, num_devices)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxtrain import overrides
 from jaxtrain.config import check, differences, encode, load
-from jaxtrain.data.source import Synthetic
+from jaxtrain.data.source import Synthetic, Text
 from jaxtrain.errors import ConfigError, LayoutError, UserError
 from jaxtrain.layout import check_layout
 from jaxtrain.observe.ending import Baselines, Sample
@@ -150,21 +150,69 @@ def test_the_flag_that_cannot_be_read_is_blamed_although_others_only_go_together
         _apply("--mesh.data", "-1", "--mesh.fsdp", "1", "--steps", "many")
 
 
-def test_a_number_that_no_run_can_mean_is_refused():
-    for change in (
-        {"eval": dataclasses.replace(TINY.eval, max_batches=0)},
-        {"optim": AdamW(clip=0.0)},
-        {"optim": AdamW(schedule=WSD(warmup=-1))},
-    ):
-        with pytest.raises(ConfigError, match="is out of range"):
-            check(dataclasses.replace(TINY, **change))
-    check(dataclasses.replace(TINY, optim=AdamW(clip=None)))
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--optim.b1", "2.0"],
+        ["--optim.b2", "1.0"],
+        ["--optim.eps", "0"],
+        ["--optim", "Lion", "--optim.b1", "-0.1"],
+        ["--optim", "Muon", "--optim.momentum", "1"],
+        ["--optim.peak-lr", "nan"],
+        ["--optim.clip", "0"],
+        ["--optim.weight-decay", "-1"],
+        ["--optim.schedule.warmup", "-1"],
+        ["--optim.schedule.final", "2"],
+        ["--optim.schedule", "WSD", "--optim.schedule.decay", "1.5"],
+        ["--eval.every", "-1"],
+        ["--eval.max-batches", "0"],
+        ["--checkpoint.every", "0"],
+        ["--checkpoint.deadline-seconds", "nan"],
+        ["--snapshot.every", "-1"],
+        ["--snapshot.deadline-seconds", "0"],
+        ["--watch.floor", "-1"],
+        ["--watch.lease", "0"],
+        ["--replicas", "DiLoCo", "--replicas.lr", "0"],
+        ["--replicas", "DiLoCo", "--replicas.momentum", "1"],
+        ["--steps", "0"],
+        ["--z-loss", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_no_run_can_mean_is_refused(argv):
+    flag = argv[-2].removeprefix("--").replace("-", "_")
+    with pytest.raises(ConfigError, match=f"(?s){flag} = .* is out of range.*rule  {flag} is "):
+        check(_apply(*argv))
+
+
+def test_no_number_where_none_is_asked_for_is_in_range():
+    check(_apply("--optim.clip", "None", "--eval.max-batches", "None", "--snapshot.memory-gb", "None"))
+
+
+def test_ids_that_the_model_lacks_are_refused_before_the_data_is_read():
+    for part in ("data", "eval.data"):
+        with pytest.raises(ConfigError, match="vocab_size = 64 is smaller than the data's"):
+            check(_apply(f"--{part}.vocab-size", "65"))
+    lines = dataclasses.replace(TINY, data=Text(files=("nowhere",)))
+    with pytest.raises(ConfigError, match="(?s)ids up to 256.*vocab_size = 384"):
+        check(lines)
+
+
+@pytest.mark.parametrize("argv", [["--mesh.fsdp", "-2"], ["--mesh.tensor", "0"], ["--mesh.data", "-1"]], ids=" ".join)
+def test_sizes_that_no_number_of_devices_can_have_are_refused_before_there_are_any(argv):
+    with pytest.raises(LayoutError, match="is no size|are all -1"):
+        _apply(*argv)
+
+
+def test_two_axes_at_minus_one_are_answered_with_flags_that_are_not_given():
+    with pytest.raises(LayoutError, match="fix   mesh.data = 1 or mesh.fsdp = 1"):
+        _apply("--mesh.fsdp", "-1", "--mesh.data", "-1")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"steps": 0}, "steps = 0 is not positive"),
+        ({"steps": 0}, "steps = 0 is out of range"),
         ({"name": "a/b"}, "is no folder name"),
         ({"accumulate": 3}, "batch = 9"),
     ],

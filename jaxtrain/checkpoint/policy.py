@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from jaxtrain.errors import ConfigError
+from jaxtrain import ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,8 @@ class CheckpointConfig:
     patience: int = 3  # saves in a row
 
     def __post_init__(self) -> None:
-        least = {"every": 1, "keep_last": 1, "keep_every": 0, "deadline_seconds": 1, "patience": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ConfigError(f"checkpoint.{name} = {getattr(self, name)} is too small.", rule=f"at least {bound}")
+        from_one = dict.fromkeys(("every", "keep_last", "deadline_seconds", "patience"), ranges.FROM_ONE)
+        ranges.check("checkpoint", self, **from_one, keep_every=ranges.FROM_ZERO)
 
 
 def expired(steps: Collection[int], config: CheckpointConfig) -> list[int]:

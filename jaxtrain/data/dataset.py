@@ -16,7 +16,7 @@ from jaxtrain.data.prepare import prepared
 from jaxtrain.data.quarantine import Put, Record
 from jaxtrain.data.reading import Document
 from jaxtrain.data.shards import Shards
-from jaxtrain.data.source import Megatron, Mixture, Plain, Source, Synthetic, parts
+from jaxtrain.data.source import Megatron, Mixture, Plain, Source, Synthetic, check_vocab, parts
 from jaxtrain.data.stream import MegatronStream, Stream, SyntheticStream
 from jaxtrain.data.tokenizer import OpenTokenizer, open_tokenizer
 from jaxtrain.errors import ConfigError, DataError
@@ -55,15 +55,8 @@ def tokenizer_of(source: Source, vocab_size: int | None = None) -> OpenTokenizer
             "the sources of a mixture have different tokenizers.", got=", ".join(sorted(map(repr, values)))
         )
     tokenizer = open_tokenizer(values.pop()) if values else None
-    needed = [part.vocab_size for part in parts(source) if isinstance(part, Synthetic)]
-    needed += [tokenizer.vocab_size] if tokenizer else []
-    if vocab_size is not None and max(needed, default=0) > vocab_size:
-        raise ConfigError(
-            f"the model's vocab_size = {vocab_size} is smaller than the data's.",
-            got=f"the data has ids up to {max(needed) - 1}",
-            rule="every id has a row in the embedding",
-            fix=f"vocab_size = {-(-max(needed) // 128) * 128} ({max(needed)} rounded up to a multiple of 128)",
-        )
+    if vocab_size is not None:
+        check_vocab(source, vocab_size, tokenizer.vocab_size if tokenizer else 0)
     return tokenizer
 
 

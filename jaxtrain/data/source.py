@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtrain.errors import ConfigError, closest
 
@@ -14,6 +14,8 @@ Split = Literal["train", "heldout"]
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
     """The 256 byte values, and 256 for the end of a document: takes anything, loses nothing."""
+
+    vocab_size: ClassVar[int] = 257
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,28 @@ def check_disjoint(train: Source, heldout: Source) -> None:
                     rule="training holds out at least what evaluation reads",
                     fix=f"holdout={unseen.holdout} in both, or eval data = data.heldout()",
                 )
+
+
+def check_vocab(source: Source, vocab_size: int, read: int = 0) -> None:
+    """Raises ConfigError where the source has ids that a model of this vocab_size lacks.
+
+    `read`: the number of ids of a tokenizer's file, where it was read.
+    """
+    needed = max(read, *(_num_ids(part) for part in parts(source)))
+    if needed > vocab_size:
+        raise ConfigError(
+            f"the model's vocab_size = {vocab_size} is smaller than the data's.",
+            got=f"the data has ids up to {needed - 1}",
+            rule="every id has a row in the embedding",
+            fix=f"vocab_size = {-(-needed // 128) * 128} ({needed} rounded up to a multiple of 128)",
+        )
+
+
+def _num_ids(part: Plain) -> int:
+    """0 where only a file says how many."""
+    if isinstance(part, Synthetic):
+        return part.vocab_size
+    return part.tokenizer.vocab_size if isinstance(part.tokenizer, Bytes) else 0
 
 
 def parts(source: Source) -> tuple[Plain, ...]:

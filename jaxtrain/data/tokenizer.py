@@ -64,7 +64,7 @@ def open_tokenizer(value: Bytes | HuggingFace) -> OpenTokenizer:
 class ByteTokenizer:
     """Ids 0 to 255 are bytes, 256 ends a document."""
 
-    vocab_size = 257
+    vocab_size = Bytes.vocab_size
     end = 256
     key = "bytes"
 

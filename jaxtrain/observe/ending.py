@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jaxtrain import ranges
+
 
 class Finished(Protocol):
     """What an ending reads of a finished run."""
@@ -21,6 +23,9 @@ class Baselines:
     """Held-out bits per byte beside gzip -9 and the unigram entropy of the same bytes (at most `max_bytes` of them)."""
 
     max_bytes: int = 1 << 26
+
+    def __post_init__(self) -> None:
+        ranges.check("Baselines", self, max_bytes=ranges.FROM_ONE)
 
     def lines(self, run: Finished) -> list[str]:
         if run.eval_data is None or "eval/bits_per_byte" not in run.evaluation:
@@ -41,6 +46,9 @@ class Sample:
     prompts: tuple[str, ...]
     tokens: int = 128
     temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        ranges.check("Sample", self, tokens=ranges.FROM_ONE, temperature=ranges.FROM_ZERO)
 
     def lines(self, run: Finished) -> list[str]:
         from jaxtrain.generate import generate

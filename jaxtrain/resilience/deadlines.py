@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jaxtrain import ranges
 from jaxtrain.resilience.pulse import Beat
 
 # Seconds before anything was learned: what people wait for before they look.
@@ -30,6 +31,9 @@ class Deadlines:
 
     floor: float = 10.0
     lease: float = 10.0
+
+    def __post_init__(self) -> None:
+        ranges.check("watch", self, floor=ranges.POSITIVE, lease=ranges.POSITIVE)
 
     def allowed(self, phase: str, seen: Iterable[Beat]) -> float:
         """Seconds that a trainer may be in this phase. `seen`: the pulses of the run, this generation's and older."""

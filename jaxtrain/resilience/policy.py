@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtrain.errors import ConfigError
+from jaxtrain import ranges
 
 FOLDER = "JAXTRAIN_SNAPSHOTS"  # the variable by which a supervisor names its folder in memory
 SLOTS = 2  # the newest whole one, and the one being written
@@ -28,12 +28,8 @@ class SnapshotConfig:
     deadline_seconds: float = 60.0  # for one snapshot to be written, copied to the buddy and agreed on
 
     def __post_init__(self) -> None:
-        for name in ("every", "memory_gb"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"snapshot.{name} = {value} is out of range.", rule="zero or a positive number")
-        if not self.deadline_seconds >= 1:
-            raise ConfigError(f"snapshot.deadline_seconds = {self.deadline_seconds} is too small.", rule="at least 1")
+        from_zero = dict.fromkeys(("every", "memory_gb"), ranges.FROM_ZERO)
+        ranges.check("snapshot", self, **from_zero, deadline_seconds=ranges.FROM_ONE)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtrain import ranges
 from jaxtrain.errors import ConfigError
 from jaxtrain.train.schedule import Cosine, Schedule
 
@@ -24,6 +25,10 @@ class Optimizer:
     weight_decay: float = 0.1
     no_decay: tuple[str, ...] = ("norm",)
     clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        positive = dict.fromkeys(("peak_lr", "clip"), ranges.POSITIVE)
+        ranges.check("optim", self, **positive, weight_decay=ranges.FROM_ZERO)
 
     def transform(self, letters: Any) -> Any:
         """The optax transformation whose update is subtracted after scaling by the learning rate."""
@@ -57,6 +62,10 @@ class AdamW(Optimizer):
     b2: float = 0.95
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranges.check("optim", self, b1=ranges.BELOW_ONE, b2=ranges.BELOW_ONE, eps=ranges.POSITIVE)
+
     def direction(self, letters: Any) -> Any:
         import optax
 
@@ -71,6 +80,10 @@ class Lion(Optimizer):
     weight_decay: float = 1.0
     b1: float = 0.9
     b2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranges.check("optim", self, b1=ranges.BELOW_ONE, b2=ranges.BELOW_ONE)
 
     def direction(self, letters: Any) -> Any:
         import optax
@@ -90,6 +103,10 @@ class Muon(Optimizer):
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranges.check("optim", self, **dict.fromkeys(("momentum", "b1", "b2"), ranges.BELOW_ONE), eps=ranges.POSITIVE)
 
     def direction(self, letters: Any) -> Any:
         import jax

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxtrain import ranges
 from jaxtrain.errors import ConfigError
 
 
@@ -40,12 +41,7 @@ class DiLoCo:
                 f"replicas.fragments = {self.fragments} cannot take turns within replicas.every = {self.every} steps.",
                 rule="fragments is at least 1 and at most every",
             )
-        if self.lr <= 0 or not 0 <= self.momentum < 1:
-            raise ConfigError(
-                "the outer step is out of range.",
-                got=f"replicas.lr {self.lr}, replicas.momentum {self.momentum}",
-                rule="lr is positive; momentum is at least 0 and less than 1",
-            )
+        ranges.check("replicas", self, lr=ranges.POSITIVE, momentum=ranges.BELOW_ONE)
 
 
 Replicas = Together | DiLoCo

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtrain import ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
@@ -12,6 +14,9 @@ class Cosine:
 
     warmup: int = 100
     final: float = 0.1
+
+    def __post_init__(self) -> None:
+        ranges.check("optim.schedule", self, warmup=ranges.FROM_ZERO, final=ranges.PART)
 
     def factor(self, step: Any, steps: int) -> Any:
         import jax.numpy as jnp
@@ -27,6 +32,9 @@ class Linear:
     warmup: int = 100
     final: float = 0.0
 
+    def __post_init__(self) -> None:
+        ranges.check("optim.schedule", self, warmup=ranges.FROM_ZERO, final=ranges.PART)
+
     def factor(self, step: Any, steps: int) -> Any:
         return _warmed(step, self.warmup, 1 - (1 - self.final) * _progress(step, self.warmup, steps))
 
@@ -38,6 +46,9 @@ class WSD:
     warmup: int = 100
     decay: float = 0.2
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges.check("optim.schedule", self, warmup=ranges.FROM_ZERO, decay=ranges.PART, final=ranges.PART)
 
     def factor(self, step: Any, steps: int) -> Any:
         start = steps - max(1, round(self.decay * steps))

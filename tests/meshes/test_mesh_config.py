@@ -31,9 +31,6 @@ def test_the_axis_at_minus_one_takes_what_the_others_leave():
         (MeshConfig(data=2, fsdp=6, tensor=4), ["data 2 x fsdp 6 x tensor 4 = 48", "cannot fill 64"]),
         (MeshConfig(fsdp=16), ["cannot fill 64 devices", "mesh.fsdp = 64"]),
         (MeshConfig(tensor=5), ["tensor 5 = 5", "must divide", "mesh.tensor = 4"]),
-        (MeshConfig(data=-1), ["mesh.data and mesh.fsdp are all -1", "mesh.fsdp = 1"]),
-        (MeshConfig(tensor=0), ["mesh.tensor = 0 is no size"]),
-        (MeshConfig(tensor=-2), ["mesh.tensor = -2 is no size"]),
         (MeshConfig(tensor=128), ["mesh.tensor = 64"]),
     ],
 )
@@ -41,6 +38,21 @@ def test_sizes_that_do_not_fill_are_refused_with_what_would_fit(config, said):
     with pytest.raises(LayoutError) as error:
         config.sizes(64)
     assert all(text in str(error.value) for text in said)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (dict(data=-1), "mesh.data and mesh.fsdp are all -1.*fix   mesh.data = 1 or mesh.fsdp = 1"),
+        (dict(tensor=0), "mesh.tensor = 0 is no size"),
+        (dict(tensor=-2), "mesh.tensor = -2 is no size"),
+        (dict(tensor="2"), "mesh.tensor = '2' is no size.*a whole number"),
+        (dict(fsdp=2.0), "mesh.fsdp = 2.0 is no size"),
+    ],
+)
+def test_what_fits_no_number_of_devices_is_refused_when_it_is_written(sizes, said):
+    with pytest.raises(LayoutError, match=f"(?s){said}"):
+        MeshConfig(**sizes)
 
 
 def test_every_fix_that_is_offered_for_sizes_works():
