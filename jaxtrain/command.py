@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,11 @@ class Call:
     process: Process
     options: Any
 
-    def load(self) -> RunConfig:
-        """The config with its overrides. Raises ConfigError."""
+    def load(self, *also: type) -> RunConfig:
+        """The config with its overrides. `also`: more flags that an unknown one may have meant. Raises ConfigError."""
         from jaxtrain.config import load
 
-        return load(self.config, self.overrides, _names(type(self.options), Process))
+        return load(self.config, self.overrides, _names(type(self.options), Process, *also))
 
 
 def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
@@ -60,7 +61,7 @@ def show_help(prog: str, options: type, argv: list[str], doc: str) -> None:
     from jaxtrain.config import load
     from jaxtrain.overrides import print_help
 
-    print(f"usage: {doc}\n")
+    print(f"usage: {inspect.cleandoc(doc)}\n")
     for kind in (options, Process):
         for field in dataclasses.fields(kind):
             print(f"  --{field.name.replace('_', '-'):<18} {field.type} (default: {field.default!r})")

@@ -31,7 +31,7 @@ from jaxtrain.train.command import Options as TrainerOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Flags of `jaxtrain launch`; they come before CONFIG."""
+    """Flags of `jaxtrain launch`, on either side of CONFIG."""
 
     processes: int = 1
     devices_per_process: int = 0  # fake CPU devices of each process; 0: what the machine has, if it is one process, else 1
@@ -40,7 +40,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    """jaxtrain launch [--processes N] [--devices-per-process N] [--spares N] [--fault FAULT]... CONFIG [flags and overrides of jaxtrain train]"""
+    """jaxtrain launch CONFIG [--processes N] [--devices-per-process N] [--spares N] [--fault FAULT]... [flags and overrides of jaxtrain train]"""
     if "-h" in argv or "--help" in argv:
         kinds = faults.described()
         flags = "\n".join(f"  --{f.name.replace('_', '-')} (default: {f.default or 'none'})" for f in fields(Options))
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         return 0
     options, rest = parse(argv)
     call = parse_trainer("jaxtrain train", TrainerOptions, rest, doc=main.__doc__)
-    config = call.load()
+    config = call.load(Options)
     for source in (config.data, *([config.eval.data] if config.eval else [])):
         check_files(source)  # what no generation could train on; of several hosts, this one alone may lack it
     devices = options.devices_per_process or (1 if options.processes > 1 else 0)
@@ -108,25 +108,28 @@ def _trained_on(hosts: Roster, spares: int) -> int:
 
 
 def parse(argv: list[str]) -> tuple[Options, list[str]]:
-    """The launcher's own flags, which come first, and what follows them: CONFIG and the rest. Raises ConfigError."""
-    words, values = list(argv), {}
+    """The launcher's own flags, wherever they stand, and what is left: CONFIG and the rest. Raises ConfigError."""
+    words, rest, values = list(argv), [], {}
     known = {f.name for f in fields(Options)}
-    while words and words[0].startswith("--"):
-        flag, equals, value = words.pop(0).partition("=")
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if name not in known:
-            names = [f"--{other.replace('_', '-')}" for other in known]
-            raise ConfigError(
-                f"jaxtrain launch has no flag {flag}.",
-                rule="its own flags come before CONFIG, those of jaxtrain train after it",
-                fix=closest(flag, names),
-            )
+        if not flag.startswith("--") or name not in known:
+            rest.append(word)
+            continue
         text = value if equals else words.pop(0) if words else ""
         values[name] = (*values.get(name, ()), faults.parse(text)) if name == "fault" else _count(flag, text, name != "spares")
-    if not words:
+    if rest and rest[0].startswith("--"):
+        raise ConfigError(
+            f"jaxtrain launch has no flag {rest[0].partition('=')[0]}.",
+            rule="flags of jaxtrain train come after CONFIG, its own on either side",
+            fix=closest(rest[0].partition("=")[0], [f"--{name.replace('_', '-')}" for name in known]),
+        )
+    if not rest:
         got, fix = " ".join(argv) or "nothing", "a file such as configs/quickstart.py"
         raise ConfigError("jaxtrain launch needs a CONFIG.", got=got, rule=main.__doc__ or "", fix=fix)
-    return Options(**values), words
+    return Options(**values), rest
 
 
 def _count(flag: str, text: str, least: int) -> int:

@@ -7,15 +7,20 @@ import pytest
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.launch import local
 from jaxtrain.launch.local import Options, main, parse
+from jaxtrain.resilience import faults
 from jaxtrain.resilience.host import memory_folder
 from jaxtrain.resilience.policy import Shelf
 
 
-def test_own_flags_come_before_the_config_and_the_rest_is_the_trainers():
-    assert parse(["--processes", "4", "--devices-per-process=2", "c.py", "--steps", "3", "--processes", "9"]) == (
-        Options(processes=4, devices_per_process=2),
-        ["c.py", "--steps", "3", "--processes", "9"],
-    )
+def test_own_flags_stand_on_either_side_of_the_config_and_the_rest_is_the_trainers():
+    fault = faults.parse("kill:step=3")
+    own = [["--processes", "4"], ["--devices-per-process=2"], ["--fault", "kill:step=3"], ["--spares", "1"]]
+    for before in range(len(own) + 1):
+        first, second = sum(own[:before], []), sum(own[before:], [])
+        assert parse([*first, "c.py", "--steps", "3", *second, "--accept-changes"]) == (
+            Options(processes=4, devices_per_process=2, spares=1, fault=(fault,)),
+            ["c.py", "--steps", "3", "--accept-changes"],
+        )
     assert parse(["c.py"]) == (Options(), ["c.py"])
 
 
@@ -27,6 +32,8 @@ def test_own_flags_come_before_the_config_and_the_rest_is_the_trainers():
         (["--processes=0", "c.py"], "--processes needs a number", ""),
         (["--processes"], "--processes needs a number", ""),
         (["--fault", "kil:step=3", "c.py"], "no fault 'kil'", "did you mean 'kill'"),
+        (["configs/quickstart.py", "--procesess", "2"], "unknown override --procesess", "did you mean '--processes'"),
+        (["configs/quickstart.py", "--processes", "two"], "--processes needs a number", ""),
         (["--processes", "2"], "needs a CONFIG", "a file such as configs/quickstart.py"),
     ],
 )
