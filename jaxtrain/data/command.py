@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class PrepareOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class OrderOptions(Options):
-    step: int = 0
+    step: int = 1  # as in metrics.jsonl: of the first update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +40,17 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(
             "\n".join(
-                [f"usage: {main.__doc__}", "", *(f"  {verb:<16} {run.__doc__}" for verb, (_, run) in VERBS.items())]
+                [f"usage: {main.__doc__}", "", *(f"  {verb:<16} {run.__doc__.splitlines()[0]}" for verb, (_, run) in VERBS.items())]
             )
         )
         return 0
     if argv[0] not in VERBS:
         raise ConfigError(f"jaxtrain data has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
     from jaxtrain.command import parse
-    
+
     options, run = VERBS[argv[0]]
-    call = parse(
-        f"jaxtrain data {argv[0]}", options, argv[1:], doc=f"jaxtrain data {argv[0]} CONFIG [flags]\n\n{run.__doc__}"
-    )
+    doc = f"jaxtrain data {argv[0]} CONFIG [flags]\n\n{inspect.cleandoc(run.__doc__)}"
+    call = parse(f"jaxtrain data {argv[0]}", options, argv[1:], doc=doc)
     run(call.load(), call.options)
     return 0
 
@@ -85,7 +85,10 @@ def verify(config: Any, options: Options) -> None:
 
 
 def order(config: Any, options: OrderOptions) -> None:
-    """Print the examples of a step by row: document and token that each begins at, and what it stands in for."""
+    """Print the examples of a step by row: document and token that each begins at, and what it stands in for.
+
+    --step counts as `step` in metrics.jsonl, from 1: what is printed is the batch of that row's update.
+    """
     from jaxtrain.data import quarantine
     from jaxtrain.data.dataset import open_dataset
 
@@ -97,10 +100,11 @@ def order(config: Any, options: OrderOptions) -> None:
         vocab_size=config.model.vocab_size,
         cache_dir=_cache(config, options),
     )
-    if options.step < 0:
-        raise ConfigError(f"--step {options.step} is negative.", rule="steps count from 0")
-    now = data.without(quarantine.read(config.run_dir))
-    for row, (name, first) in enumerate(zip(now.ids(options.step), data.ids(options.step), strict=True)):
+    if options.step < 1:
+        rule = "steps count from 1, as in metrics.jsonl"
+        raise ConfigError(f"--step {options.step} is no step.", rule=rule, fix="--step 1 is the first")
+    now, index = data.without(quarantine.read(config.run_dir)), options.step - 1
+    for row, (name, first) in enumerate(zip(now.ids(index), data.ids(index), strict=True)):
         print(row, name if name == first else f"{name} in place of {first}")
 
 

@@ -27,7 +27,7 @@ Hashes = dict[str, list[str]]  # by array, of each copy
 class Options:
     """Flags of `jaxtrain replay` beside the config's own overrides."""
 
-    step: int = 0  # computed again up to and with this one, counted as in the metrics
+    step: int | None = None  # must be given; computed again up to and with this one
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ class Replayed:
 
 
 def main(argv: list[str]) -> int:
-    """jaxtrain replay CONFIG --step N [overrides of the config]"""
+    """jaxtrain replay CONFIG --step N [overrides of the config]
+
+    --step counts as `step` in metrics.jsonl, from 1: that row's update is the last that is computed again.
+    """
     call = parse("jaxtrain replay", Options, argv, doc=main.__doc__)
     config, last = call.load(), call.options.step
-    if not 1 <= last <= config.steps:
-        rule = f"1 to {config.steps}, counted as in metrics.jsonl"
-        raise ConfigError(f"--step {last} is no step of this run.", rule=rule)
+    if last is None or not 1 <= last <= config.steps:
+        what = "--step is missing." if last is None else f"--step {last} is no step of this run."
+        raise ConfigError(what, rule=f"1 to {config.steps}, counted as in metrics.jsonl", fix=f"--step {config.steps}")
 
     from jaxtrain import runtime
 

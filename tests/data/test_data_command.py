@@ -1,5 +1,6 @@
 """`jaxtrain data`: what a user types and reads."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.data import command
+from jaxtrain.__main__ import main
+from jaxtrain.data import command, open_dataset
 from jaxtrain.errors import ConfigError, DataError, RunError
+from tests.tiny import TINY
 
 CONFIG = """
 import dataclasses
@@ -54,8 +57,27 @@ def test_order_prints_the_examples_of_a_step(config, capsys):
     assert [line.split()[0] for line in lines] == ["0", "1", "2", "3"] and all(".txt+" in line for line in lines)
     run("order", config(), "--step", "3", "--seed", "7")
     assert capsys.readouterr().out.splitlines() != lines
-    with pytest.raises(ConfigError, match="negative"):
-        run("order", config(), "--step", "-1")
+    for step in ("0", "-1"):
+        with pytest.raises(ConfigError, match="(?s)is no step.*as in metrics.jsonl"):
+            run("order", config(), "--step", step)
+
+
+def test_steps_count_as_in_metrics_and_in_the_quarantine(tmp_path, capsys):
+    path = tmp_path / "tiny.py"
+    path.write_text("from tests.tiny import TINY as config\n")
+    data = open_dataset(TINY.data, seq_len=TINY.seq_len, batch=8, seed=0, vocab_size=64, cache_dir=tmp_path)
+    for index in (0, 6):
+        put = data.examples(index)
+        assert {p.step for p in put} == {index + 1}
+        run("order", str(path), "--step", str(index + 1))
+        assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [p.id for p in put]
+    for verb in ("data order", "replay"):
+        assert main([*verb.split(), str(path), "--step", "0"]) == 2
+        assert "as in metrics.jsonl" in capsys.readouterr().err
+        with contextlib.suppress(SystemExit):
+            main([*verb.split(), "--help"])
+        assert "as `step` in metrics.jsonl, from 1" in capsys.readouterr().out
+    assert main(["replay", str(path)]) == 2 and "--step is missing" in capsys.readouterr().err
 
 
 def test_order_needs_no_jax(config):

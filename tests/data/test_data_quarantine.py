@@ -138,11 +138,11 @@ def test_the_order_shows_what_stands_in_for_what(tmp_path, capsys):
     from tests.tiny import TINY
 
     data = open_dataset(TINY.data, seq_len=32, batch=8, seed=0, vocab_size=64, cache_dir=".")
-    main(["order", str(path), "--step", "3"])
+    main(["order", str(path), "--step", "4"])
     before = capsys.readouterr().out.splitlines()
     (tmp_path / "tiny").mkdir()
     quarantine.write(tmp_path / "tiny", (event(data, 4, rows=(2,)),))
-    main(["order", str(path), "--step", "3"])
+    main(["order", str(path), "--step", "4"])
     after = capsys.readouterr().out.splitlines()
     assert [row for row in range(8) if before[row] != after[row]] == [2]
     assert after[2].endswith(f" in place of {before[2].removeprefix('2 ')}")
