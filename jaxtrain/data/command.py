@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.data.source import HuggingFace, Jsonl, Parquet, Source, Text, check_disjoint, parts
+from jaxtrain.data.source import HuggingFace, Jsonl, Parquet, Source, Text, parts
 from jaxtrain.errors import ConfigError, DataError, closest
 
 
@@ -62,8 +62,6 @@ def prepare(config: Any, options: PrepareOptions) -> None:
 
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is no number of processes.", rule="at least 1")
-    if config.eval:
-        check_disjoint(config.data, config.eval.data)
     for source in _sources(config):
         tokenizer_of(source, config.model.vocab_size)  # raises now what training would raise later
     for part in _prepared_parts(config):

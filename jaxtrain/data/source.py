@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 from typing import ClassVar, Literal
 
 from jaxtrain.errors import ConfigError, closest
@@ -150,16 +152,46 @@ Source = Plain | Mixture
 
 
 def check_disjoint(train: Source, heldout: Source) -> None:
-    """Raises ConfigError where `heldout` reads documents that `train` reads too, although it says split="heldout"."""
+    """Raises ConfigError where `heldout` reads documents that `train` reads too, although it says split="heldout".
+
+    By the patterns alone: a path that is written in two ways, or a link, is not seen through.
+    """
     for seen in (part for part in parts(train) if isinstance(part, _Files) and part.split == "train"):
         for unseen in (part for part in parts(heldout) if isinstance(part, _Files) and part.split == "heldout"):
-            if seen.files == unseen.files and seen.holdout < unseen.holdout:
+            if _overlap(seen, unseen) and not (_hash_alike(seen, unseen) and seen.holdout >= unseen.holdout):
                 raise ConfigError(
-                    f"held-out documents of {', '.join(seen.files)} are trained on.",
-                    got=f"holdout = {seen.holdout} in training, {unseen.holdout} in evaluation",
-                    rule="training holds out at least what evaluation reads",
-                    fix=f"holdout={unseen.holdout} in both, or eval data = data.heldout()",
+                    f"held-out documents of {', '.join(unseen.files)} are trained on.",
+                    got=f"{_said(seen)} in training, {_said(unseen)} in evaluation",
+                    rule="training reads the same files in the same way, and holds out at least what evaluation reads",
+                    fix="eval data = data.heldout(); on the command line --eval.data.holdout and the like beside --data.holdout",
                 )
+
+
+def _said(part: _Files) -> str:
+    return f"{type(part).__name__} of {', '.join(part.files)} with holdout = {part.holdout}"
+
+
+def _hash_alike(one: _Files, other: _Files) -> bool:
+    """Whether a document is held out of both or neither, if as much is: Text hashes names relative to all its files."""
+    return type(one) is type(other) and (one.files == other.files or not isinstance(one, Text))
+
+
+def _overlap(one: _Files, other: _Files) -> bool:
+    pairs = [(PurePosixPath(a), PurePosixPath(b)) for a in one.files for b in other.files]
+    return any(_matches(a.parts, _pattern(b)) or _matches(b.parts, _pattern(a)) for a, b in pairs)
+
+
+def _pattern(path: PurePosixPath) -> tuple[str, ...]:
+    """A glob's parts; what is none may be a folder, which is read whole."""
+    return path.parts if set(str(path)) & set("*?[") else (*path.parts, "**")
+
+
+def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_matches(path[i:], pattern[1:]) for i in range(len(path) + 1))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
 def check_vocab(source: Source, vocab_size: int, read: int = 0) -> None:

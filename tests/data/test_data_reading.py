@@ -1,5 +1,6 @@
 """Sources as documents: what is read, what is held out, and what is refused and how."""
 
+import contextlib
 import gzip
 import json
 from dataclasses import replace
@@ -11,7 +12,7 @@ import zstandard
 
 from jaxtrain.data import reading
 from jaxtrain.data.files import list_files
-from jaxtrain.data.source import Jsonl, Mixture, Parquet, Synthetic, Text
+from jaxtrain.data.source import Jsonl, Mixture, Parquet, Synthetic, Text, check_disjoint
 from jaxtrain.errors import ConfigError, DataError
 
 TEXTS = [f"document {i} ä\n" * (i + 1) for i in range(50)]
@@ -129,6 +130,38 @@ def test_held_out_files_are_disjoint_complete_and_do_not_move_when_files_are_add
     assert train | out == set(corpus) and not train & out and 2 < len(out) < 20
     (tmp_path / "corpus" / "new.txt").write_bytes(b"x")
     assert {f.name for f in reading.source_files(source.heldout())} - {"new.txt"} == out
+
+
+@pytest.mark.parametrize(
+    ("train", "heldout", "refused"),
+    [
+        (Text(files=("c",), holdout=0.2), Text(files=("c",), holdout=0.2, split="heldout"), False),
+        (Text(files=("c",), holdout=0.1), Text(files=("c",), holdout=0.2, split="heldout"), True),
+        (Text(files=("c",), holdout=0.3), Text(files=("c",), holdout=0.2, split="heldout"), False),
+        (Text(files=("c/**/*.txt",), holdout=0.2), Text(files=("./c/a/*.txt",), holdout=0.2, split="heldout"), True),
+        (Text(files=("c", "d"), holdout=0.2), Text(files=("c",), holdout=0.2, split="heldout"), True),
+        (Text(files=("c",)), Text(files=("c/a.txt",), holdout=0.2, split="heldout"), True),
+        (Text(files=("c/*.txt",)), Text(files=("c/val/*.txt",), holdout=0.2, split="heldout"), False),
+        (Text(files=("c/train",)), Text(files=("c/val",), holdout=0.2, split="heldout"), False),
+        (Text(files=("c",)), Text(files=("c",)), False),  # evaluated on what is trained on, and says so
+        (Text(files=("c",), holdout=0.2), Jsonl(files=("c",), holdout=0.2, split="heldout"), True),
+        (Jsonl(files=("c", "d"), holdout=0.2), Jsonl(files=("c",), holdout=0.2, split="heldout"), False),
+        (Jsonl(files=("c", "d"), holdout=0.1), Jsonl(files=("c",), holdout=0.2, split="heldout"), True),
+    ],
+)
+def test_held_out_documents_that_training_would_read_are_refused_by_the_patterns_alone(train, heldout, refused):
+    mixed = Mixture(sources=(Synthetic(), train), weights=(1, 1))
+    for source in (train, mixed):
+        with pytest.raises(ConfigError, match="are trained on") if refused else contextlib.nullcontext():
+            check_disjoint(source, heldout)
+
+
+def test_patterns_that_overlap_do_so_because_text_hashes_names_relative_to_them(tmp_path, corpus):
+    """Why a part of the files is refused even with the same holdout: training reads some of what is held out there."""
+    whole = Text(files=(str(tmp_path / "corpus"),), holdout=0.5)
+    part = Text(files=(str(tmp_path / "corpus" / "a"),), holdout=0.5, split="heldout")
+    train, out = ({f.path for f in reading.source_files(source)} for source in (whole, part))
+    assert train & out
 
 
 @pytest.mark.parametrize("kind", [Jsonl, Parquet])
