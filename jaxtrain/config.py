@@ -100,6 +100,8 @@ def _from_file(path: Path) -> RunConfig:
     if not path.is_file():
         near = sorted({str(p) for folder in (path.parent, Path("configs")) for p in folder.glob("*.py")})
         fix = f"one of: {', '.join(near)}" if near else "the path of a Python file that binds `config` to a RunConfig"
+        if (path / "config.json").is_file():
+            fix = f"this is a run's folder: the file that the run was started with, --name {path.name} --runs-dir {path.parent}"
         raise ConfigError(f"no config at {path}.", rule="CONFIG is a Python file", fix=fix)
     sys.path.insert(0, str(path.parent.resolve()))  # so that a config may build on its neighbour
     try:

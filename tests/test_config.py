@@ -323,6 +323,15 @@ def test_a_missing_config_names_its_neighbours(tmp_path):
         load(tmp_path / "quikstart.py")
 
 
+def test_a_runs_folder_in_the_place_of_its_config_is_answered_with_its_name(tmp_path):
+    run_dir = tmp_path / "runs" / "wide"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no config at") as error:
+        load(run_dir)
+    assert error.value.fix.endswith(f"--name wide --runs-dir {tmp_path / 'runs'}")
+
+
 def test_two_optimizers_with_equal_fields_are_still_different_configs():
     pairs = differences(encode(TINY), encode(dataclasses.replace(TINY, optim=Lion())))
     assert "optim.type" in pairs

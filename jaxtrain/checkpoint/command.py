@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from jaxtrain.command import wants_help
 from jaxtrain.errors import CheckpointError, ConfigError, closest
 from jaxtrain.overrides import read
 
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"jaxtrain checkpoint has no command {argv[0]!r}.", fix=closest(argv[0], VERBS))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # beside a run, whose GPUs are full
     kind, run = VERBS[argv[0]]
+    _check_folders(argv[0], kind, argv[1:])
     return run(read(f"jaxtrain checkpoint {argv[0]}", kind, argv[1:], description=run.__doc__))
 
 
@@ -131,6 +133,20 @@ VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "hash": (One, hash_),
     "export": (Export, export),
 }
+
+
+def _check_folders(verb: str, kind: type, argv: list[str]) -> None:
+    """Raises ConfigError where fewer are named than the verb looks at."""
+    needed = sum(field.type == "Where" for field in fields(kind))
+    of_flags = [word.startswith("--") and "=" not in word for word in ["", *argv]]  # the next word is its value
+    found = [word for word, is_value in zip(argv, of_flags) if not word.startswith("-") and not is_value]
+    if len(found) < needed and not wants_help(argv):
+        raise ConfigError(
+            f"jaxtrain checkpoint {verb} needs {'a RUN_DIR' if needed == 1 else 'two of RUN_DIR[@STEP]'}.",
+            got=" ".join(argv) or "nothing",
+            rule=" ".join(["jaxtrain checkpoint", verb, *["RUN_DIR[@STEP]"] * needed, "[flags]"]),
+            fix=f"a run's folder such as runs/quickstart; jaxtrain checkpoint {verb} --help says what it takes",
+        )
 
 
 def _row(folder: Path) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxtrain.checkpoint import files, manifest, verify
 from jaxtrain.checkpoint.manifest import ArrayEntry, Manifest
+from jaxtrain.cluster import few
 from jaxtrain.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9
@@ -28,11 +29,11 @@ def export(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> list[Path
     """
     found = manifest.read(folder)
     entries = {name: entry for name, entry in found.arrays.items() if name.startswith("params/")}
-    if not entries or any(out.glob("model*.safetensors*")):
-        raise CheckpointError(
-            f"nothing to export from {folder}." if not entries else f"{out} holds a model already.",
-            rule="a checkpoint with params, and a folder without model files",
-        )
+    if not entries:
+        raise CheckpointError(f"nothing to export from {folder}.", rule="a checkpoint with params")
+    if there := sorted(path.name for path in out.glob("model*.safetensors*")):
+        fix = "another --out, or remove these"
+        raise CheckpointError(f"{out} holds a model already.", got=few(there), rule="none is overwritten", fix=fix)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -116,12 +116,22 @@ def test_where_there_is_no_checkpoint_the_fix_names_one(run_dir, folder):
             assert error.value.got == got and error.value.fix.endswith(fix)
 
 
-@pytest.mark.parametrize("words", ["list", "show", "diff one", "export one", "verify one two", "list one --all"])
+@pytest.mark.parametrize("words", ["export one", "verify one two", "list one --all"])
 def test_words_that_a_verb_does_not_take_are_answered_in_our_form(words):
     with pytest.raises(ConfigError, match=f"`jaxtrain checkpoint {words}` cannot be run") as error:
         main(words.split())
     assert error.value.got.startswith(("Missing from", "Unrecognized options"))
     assert error.value.fix.startswith(f"jaxtrain checkpoint {words.split()[0]} --help")
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [("list", "a RUN_DIR"), ("show", "a RUN_DIR"), ("diff one", "two of"), ("export --out x", "a RUN_DIR"), ("diff", "two of")],
+)
+def test_a_verb_without_its_folders_says_what_it_needs(words, what):
+    with pytest.raises(ConfigError, match=f"jaxtrain checkpoint {words.split()[0]} needs {what}") as error:
+        main(words.split())
+    assert "RUN_DIR[@STEP]" in error.value.rule and "runs/quickstart" in error.value.fix
 
 
 def test_diff_compares_array_by_array(run_dir, capsys):
@@ -140,7 +150,7 @@ def test_exported_parameters_are_read_by_safetensors(run_dir, tmp_path, capsys):
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: str(x.dtype) for name, x in tensors.items()} == {"w": "float32", "b": "bfloat16"}
     np.testing.assert_array_equal(tensors["w"], STATE["params"]["w"])
-    with pytest.raises(CheckpointError, match="holds a model already"):
+    with pytest.raises(CheckpointError, match="(?s)holds a model already.*fix   another --out"):
         main(["export", f"{run_dir}@1", "--out", str(tmp_path / "out")])
 
 
