@@ -1,8 +1,10 @@
-"""Which numbers a config's fields may be, as values, and the check of them. What fields mean together is not its business."""
+"""What a config's fields may hold: numbers in ranges, which are values, and patterns. What fields mean together it leaves."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,3 +41,12 @@ def check(owner: str, config: Any, /, **fields: Range) -> None:
         value, path = getattr(config, name), f"{owner}.{name}".removeprefix(".")
         if value is not None and not allowed.holds(value):
             raise ConfigError(f"{path} = {value!r} is out of range.", rule=f"{path} is {allowed.text}")
+
+
+def check_patterns(path: str, patterns: Iterable[str]) -> None:
+    """Raises ConfigError for what is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{path}: {pattern!r} is no regular expression.", got=str(error)) from error

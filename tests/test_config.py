@@ -12,6 +12,7 @@ from jaxtrain.layout import check_layout
 from jaxtrain.observe.ending import Baselines, Sample
 from jaxtrain.resilience.health import RollBackSpikes
 from jaxtrain.train.optim import AdamW, Lion
+from jaxtrain.train.precision import Precision
 from jaxtrain.train.replicas import DiLoCo, Together
 from jaxtrain.train.schedule import WSD
 from meshes import DEFAULT, FSDP, FSDP_TP, TP, TP_SP, Capacity, Interleaved, MeshConfig, Ragged, Ring, Ulysses
@@ -187,6 +188,14 @@ def test_a_number_that_no_run_can_mean_is_refused(argv):
 
 def test_no_number_where_none_is_asked_for_is_in_range():
     check(_apply("--optim.clip", "None", "--eval.max-batches", "None", "--snapshot.memory-gb", "None"))
+
+
+def test_what_is_no_pattern_or_no_dtype_is_refused():
+    for flag in ("--precision.keep", "--optim.no-decay"):
+        with pytest.raises(ConfigError, match=r"(?s)'\(\[' is no regular expression.*got"):
+            _apply(flag, "([")
+    with pytest.raises(ConfigError, match="(?s)'float16' is not known.*did you mean 'bfloat16'"):
+        Precision(compute="float16")
 
 
 def test_ids_that_the_model_lacks_are_refused_before_the_data_is_read():

@@ -29,6 +29,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         positive = dict.fromkeys(("peak_lr", "clip"), ranges.POSITIVE)
         ranges.check("optim", self, **positive, weight_decay=ranges.FROM_ZERO)
+        ranges.check_patterns("optim.no_decay", self.no_decay)
 
     def transform(self, letters: Any) -> Any:
         """The optax transformation whose update is subtracted after scaling by the learning rate."""

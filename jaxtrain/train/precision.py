@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from jaxtrain import ranges
+from jaxtrain.errors import ConfigError, closest
+
+Compute = Literal["float32", "bfloat16"]  # float16 would need its loss scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +20,13 @@ class Precision:
     become equal, nor a small change of a bias be lost (Fedus et al. 2021, arXiv 2101.03961, section 2.4).
     """
 
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute: Compute = "float32"
     keep: tuple[str, ...] = ("router",)
+
+    def __post_init__(self) -> None:
+        if self.compute not in (known := get_args(Compute)):
+            raise ConfigError(f"precision.compute = {self.compute!r} is not known.", fix=closest(str(self.compute), known))
+        ranges.check_patterns("precision.keep", self.keep)
 
     def cast(self, params: Any) -> Any:
         """The parameters in the compute dtype; gradients through it come back in fp32."""
