@@ -20,6 +20,7 @@ import traceback
 from jaxtrain.resilience import pulse
 from jaxtrain.resilience.child import READY, die_with_parent
 
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # Gloo's words, NCCL's
 _NICENESS = 19  # while it imports: the trainers that run have the CPUs
 
 
@@ -42,12 +43,20 @@ def main(argv: list[str]) -> None:
     code = 1
     try:
         code = run(order["argv"])
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        print(in_words(error), file=sys.stderr)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # not through exit handlers, which wait for peers that may be gone
+
+
+def in_words(error: BaseException) -> str:
+    """The traceback; of a collective whose other end is gone one line, for the supervisor names who ended."""
+    of_jax = "jax" in sys.modules and isinstance(error, sys.modules["jax"].errors.JaxRuntimeError)
+    if of_jax and any(words in str(error) for words in _PEER_GONE):
+        return f"a collective failed, for another process is gone: {str(error).splitlines()[0][:200]}"
+    return "".join(traceback.format_exception(error))
 
 
 def _warm(argv: list[str]) -> None:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from jaxtrain.exits import Exit
 from jaxtrain.resilience.child import READY
+from jaxtrain.resilience.trainer import in_words
 from tests.resilience.lines import LONG_S
 from tests.resilience.supervisors import ROOT
 
@@ -51,3 +53,15 @@ def test_while_it_begins_a_run(standby, tmp_path, seconds):
     standby.send_signal(signal.SIGINT)
     errors = standby.communicate(timeout=LONG_S)[1]
     assert standby.returncode == Exit.INTERRUPTED and "Traceback" not in errors, errors
+
+
+def test_a_collective_whose_peer_is_gone_is_one_line_and_any_other_error_has_its_traceback():
+    lost = jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1\nand more")
+    assert in_words(lost) == (
+        "a collective failed, for another process is gone: INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1"
+    )
+    for other in (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), OSError("Connection reset by peer")):
+        try:
+            raise other
+        except Exception as error:
+            assert in_words(error).startswith("Traceback") and in_words(error).rstrip().endswith(str(other))
