@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.checkpoint.manifest import in_words
 from jaxtrain.cluster import few
@@ -24,6 +28,23 @@ _FIXES = {  # TensorStore's errors have the system's words, and no number
     errno.ENFILE: _FILES,
     errno.EACCES: ("{} can be written", "give write permission, or another --runs-dir"),
 }
+
+
+def leave_out_echoes() -> None:
+    """No log, warning or traceback of Orbax's and TensorStore's for what they also raise, and then is said here.
+
+    When a write fails Orbax closes the event loop on which others still end; nothing else here has coroutines.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    say = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if _is_echo(found) else say(found)
+
+
+def _is_echo(found: Any) -> bool:
+    """Of a loop that is closed, or that could not be opened for want of files."""
+    return str(found.exc_value) == "Event loop is closed" or found.object is asyncio.BaseEventLoop.__del__
 
 
 def warn_of_unequal_copies(step: int, hashes: Mapping[str, list[str]]) -> None:

@@ -8,7 +8,6 @@ time per 500 MB.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,11 +19,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxtrain.background import Deadline
+from jaxtrain.checkpoint import complaints
 from jaxtrain.checkpoint.names import named, nested
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback for what it also raises
+complaints.leave_out_echoes()
 
 # A restore holds what it reads twice for a moment: it reads batches of this many bytes, or of an eighth of the whole.
 _BATCH_BYTES = 256 * 2**20

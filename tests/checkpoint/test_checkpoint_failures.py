@@ -3,8 +3,11 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -13,8 +16,29 @@ from jaxtrain.checkpoint import CheckpointConfig, Checkpoints, complaints, files
 from jaxtrain.errors import CheckpointError, ConfigError
 from tests.disk import disk, remount  # noqa: F401
 
+ROOT = Path(__file__).parents[2]
 NOTE = dict(config={}, data={})
 STATE = {"x": jnp.ones(1 << 10)}
+
+FEW_FILES = """
+import gc, os, resource, sys, time
+import jax.numpy as jnp
+from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
+
+class Ours:
+    def __del__(self):
+        raise ValueError("ours")
+
+checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(deadline_seconds=30, patience=99))
+state = {str(i): jnp.ones(1 << 14) for i in range(30)}
+for step, free in enumerate((10**3, 2, 2, 4)):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + free, 4096))
+    checkpoints.save(step, state, config={}, data={})
+    checkpoints.settle()
+Ours()
+gc.collect()
+time.sleep(0.5)
+"""
 
 
 @pytest.fixture
@@ -163,6 +187,15 @@ def test_files_in_the_place_of_leftovers_are_removed_like_them(opened, folder):
 )
 def test_the_fix_of_a_folder_that_cannot_be_used_is_of_its_trouble(folder, error, fix):
     assert fix in complaints.unusable("what.", error, folder, 1.0).fix
+
+
+def test_a_save_that_fails_is_said_once_and_no_loop_of_its_libraries_says_it_again(folder):
+    done = subprocess.run([sys.executable, "-c", FEW_FILES, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ours = done.stderr.index("Exception ignored in: <function Ours.__del__")
+    said = done.stderr[:ours].splitlines()
+    assert done.returncode == 0 and "ValueError: ours" in done.stderr[ours:]
+    assert done.stderr.count("Traceback") == 1 and "Too many open files" in "".join(said)
+    assert all(line.startswith(("SAVE FAILED", "  got ", "  rule ", "  fix ")) for line in said), done.stderr
 
 
 def test_a_disk_that_does_not_answer_never_holds_the_loop_for_long(opened, silent, capsys):
