@@ -17,7 +17,7 @@ from jaxtrain.cluster import few
 from jaxtrain.errors import CheckpointError
 
 _ROOM = ("the disk has room for one checkpoint more than are kept", "free space, or a smaller checkpoint.keep_last")
-_IN_PLACE = ("{} is a folder", "remove the file in its place, or another --runs-dir")
+_IN_PLACE = ("{} can be a folder", "remove the file in its way, or another --runs-dir")
 _FILES = ("a process may have the files of a checkpoint open", "a larger ulimit -n")
 _FIXES = {  # TensorStore's errors have the system's words, and no number
     errno.ENOSPC: _ROOM,

@@ -276,7 +276,7 @@ def test_a_disk_that_hangs_is_given_up_at_the_deadline(opened, monkeypatch, plac
 
 def test_a_folder_that_cannot_be_written_is_an_error_at_the_opening(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be kept in(.|\n)*can be written(.|\n)*give write permission"):
+    with pytest.raises(CheckpointError, match="cannot be kept in(.|\n)*can be a folder(.|\n)*remove the file in its way"):
         Checkpoints(tmp_path / "file" / "checkpoints", CheckpointConfig())
 
 
