@@ -34,9 +34,12 @@ def test_help_comes_at_once_and_imports_no_jax(argv):
 
 
 def test_the_help_of_a_config_lists_its_fields_in_time():
-    begin = time.perf_counter()
-    done = _run("train", "configs/quickstart.py", "--help")
-    assert time.perf_counter() - begin < 2 * HELP_SECONDS
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = _run("train", "configs/quickstart.py", "--help")
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 2 * HELP_SECONDS
     for flag in ("--steps", "--mesh.fsdp", "--optim.peak-lr", "--model.num-layers", "--checkpoint.every"):
         assert flag in done.stdout
 
