@@ -121,7 +121,7 @@ def begun(path: Path, generation: int) -> Reader:
             rule=f"each trainer tells its supervisor by {SIZE} bytes that it lives",
             fix=f"make room in {path.parent.parent}: the same command goes on",
         ) from error
-    as_host(f"a trainer's pulse is {reader.path}: {full}")
+    as_host(f"{path.parent} takes no pulse ({full}): a trainer has {reader.path}")
     return reader
 
 
