@@ -15,6 +15,7 @@ from jaxtrain.resilience import verified
 from jaxtrain.resilience.health import Health
 from jaxtrain.resilience.verified import Verified
 from tests.disk import disk, fill  # noqa: F401
+from tests.resilience.lines import until
 from tests.resilience.runs import after_steps, cache, configured, result, run  # noqa: F401
 from tests.resilience.values import STEPS
 
@@ -38,7 +39,13 @@ def test_the_same_command_goes_on_from_its_state_on_a_full_disk_and_ends_when_th
 def test_a_disk_that_fills_up_ends_no_run_at_a_comparison_of_copies(disk, monkeypatch):
     whole, config = configured(disk, "whole"), configured(disk, health=Health(hash_every=3), checkpoint=PATIENT)
     assert run(whole, monkeypatch) == 0
-    after_steps(monkeypatch, [7], lambda state, metrics: (fill(disk), (state, metrics))[1])
+
+    def filled(state, metrics):
+        until((config.run_dir / "checkpoints" / "5" / "manifest.json").exists)  # nobody else writes while it is filled
+        fill(disk)
+        return state, metrics
+
+    after_steps(monkeypatch, [7], filled)
     with pytest.raises((CheckpointError, RunError), match=f"step {STEPS} was not saved|rows of metrics were not written"):
         run(config, monkeypatch)
     assert json.loads((config.run_dir / verified.FILE).read_text()) == {"agreed": STEPS}
