@@ -17,6 +17,7 @@ from meshes.place import axis_size, by_hand, constrain, current, cutting, platfo
 
 BLOCK = 512  # rows: its products cost 512 / (12 D) of a layer's, and the scan has a few dozen turns
 
+
 def look_up(table_VD: Array, ids_BS: Array) -> Array:
     """-> rows_BSD, laid out as "BSD". The table comes as it is stored, and is gathered here."""
     return _look_up(table_VD, ids_BS) if current() else table_VD[ids_BS]

@@ -1,8 +1,8 @@
 """Who leads a job of several hosts: terms in the shared run folder, each of one host, which shows there that it lives.
 
-A term is a file terms/N, made once and never changed, by a link, of which one succeeds; its lead makes it again if
-somebody removes it. Its host writes to terms/N.life
-every few moments; others see whether it changes, by their own clocks: no two clocks are compared. The rules:
+A term is a file terms/N, made once and never changed, by a link, of which one succeeds; its lead makes it again if somebody
+removes it. Its host writes to terms/N.life every few moments; others see whether it changes, by their own clocks: no two
+clocks are compared. The rules:
   1. a lead has the right to lead for `lease` seconds from the beginning of its last write, or from when all others have
      last heard it. Neither counts that is done when the right is over, and no trainer lives longer than it (leash.py);
   2. a host takes the next term only when it has seen no life of the last, and heard nothing of its host, for 1.5 times

@@ -15,9 +15,14 @@ import pytest
 
 from jaxtrain.errors import ConfigError
 from jaxtrain.exits import Exit
+from jaxtrain.resilience import lead as leading
 from jaxtrain.resilience import pulse
+from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.faults import Fault, parse
 from jaxtrain.resilience.host import Host, Plan, memory_folder
+from jaxtrain.resilience.pulse import Beat
+from jaxtrain.resilience.verdict import Status, Verdict
+from tests.resilience.ends import Still
 from tests.resilience.lines import until
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +104,19 @@ def test_a_run_folder_that_another_process_writes_is_waited_for_and_nobody_is_to
     lead.communicate(timeout=DEADLINE_S)
     (row,) = map(json.loads, (tmp_path / "incidents.jsonl").read_text().splitlines())
     assert lead.returncode == 0 and row["culprits"] == [] and row["what"] == "run folder held"
+
+
+@pytest.mark.parametrize(("phase", "pauses"), [("start", True), ("save", True), ("end", True), ("step", False)])
+def test_attempts_that_fail_where_a_disk_may_be_full_are_not_used_up_at_once(tmp_path, monkeypatch, phase, pauses):
+    said, host = [], Still()
+    host.poll_s = 0.01
+    monkeypatch.setattr(leading, "as_lead", said.append)
+    monkeypatch.setattr(leading, "PAUSES_S", (0.0, 0.01))
+    again = leading.Lead(host, tmp_path, threading.Event(), Deadlines())
+    again._failures = 2
+    beat = Beat(1, 1, 1, 30, phase, 0.0, "", "", {}, {})
+    again._pause(Verdict(what="exit code 1", culprits=(0,), line="", statuses=[Status(index=0, host="h", pid=1, code=1, beat=beat)]))
+    assert said == ["the next attempt comes in 0 s"] * pauses
 
 
 def test_a_stopped_trainer_is_noticed_named_and_killed_with_the_evidence_kept(tmp_path):
