@@ -170,6 +170,9 @@ def _as_tyro_reads(config: Any, flag: str, values: list[str]) -> tuple[str, list
         return flag, []
     if isinstance(_at(config, path), bool) and said.lower() in ("true", "false"):
         return (flag if said.lower() == "true" else _flag(_negated(path))), []
+    plain = (*path[:-1], path[-1].removeprefix("no_"))
+    if values and plain != path and isinstance(_at(config, plain), bool):
+        raise ConfigError(f"{flag} takes no value.", got=said, fix=f"{flag} or {_flag(plain)}, with nothing after it")
     return flag, values
 
 

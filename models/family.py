@@ -149,6 +149,16 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
 
+    def __post_init__(self):
+        check_positive(vars(self))
+        check_finite(factor=self.factor, low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"high_freq_factor = {self.high_freq_factor} leaves no frequencies to blend.",
+                got=f"low_freq_factor {self.low_freq_factor}",
+                rule="low_freq_factor is below high_freq_factor",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -167,6 +177,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         check_positive(dict(vocab_size=self.vocab_size, dim=self.dim, num_layers=self.num_layers))
+        check_finite(norm_eps=self.norm_eps, rope_theta=self.rope_theta)
         if self.remat not in REMAT:
             raise UserError(f"remat = {self.remat!r} is not known.", fix=closest(self.remat, REMAT))
         self.stacks()
@@ -252,6 +263,14 @@ def check_positive(fields: Mapping[str, Any]) -> None:
     for name, size in fields.items():
         if isinstance(size, int) and not isinstance(size, bool) and size < 1:
             raise UserError(f"{name} = {size} is no size.", rule="at least 1")
+
+
+def check_finite(*, from_zero: bool = False, **numbers: float) -> None:
+    """Raises UserError for a number that is not finite, or not above 0, or below it where it may be 0."""
+    for name, number in numbers.items():
+        if not math.isfinite(number) or number < 0 or number == 0 and not from_zero:
+            rule = "zero or a positive number" if from_zero else "a positive number"
+            raise UserError(f"{name} = {number} is out of range.", rule=f"{name} is {rule}")
 
 
 Row = tuple[str, int, dict[str, int]]  # the field of a dim, its size, the axes that shard it

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshes import UserError, closest
-from models.family import ZERO, DecoderConfig, Dense, Grouped, Sizes, Stack, check_positive
+from models.family import ZERO, DecoderConfig, Dense, Grouped, Sizes, Stack, check_finite, check_positive
 from models.mla import Latent
 
 
@@ -21,6 +21,9 @@ class Softmax:
     normalise: bool = True  # the chosen ones' scores are divided by their sum
     scale: float = 1.0  # of the gates
 
+    def __post_init__(self):
+        check_finite(scale=self.scale)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid:
@@ -28,6 +31,9 @@ class Sigmoid:
 
     normalise: bool = True
     scale: float = 1.0
+
+    def __post_init__(self):
+        check_finite(scale=self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,9 @@ class Auxiliary:
 
     weight: float = 0.01
 
+    def __post_init__(self):
+        check_finite(from_zero=True, weight=self.weight)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bias:
@@ -47,6 +56,9 @@ class Bias:
 
     speed: float = 1e-3
     weight: float = 1e-4  # of the loss within a sequence, as Auxiliary's; 0: none
+
+    def __post_init__(self):
+        check_finite(from_zero=True, speed=self.speed, weight=self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +88,7 @@ class Experts:
 
     def __post_init__(self):
         check_positive(vars(self))
+        check_finite(from_zero=True, z_loss=self.z_loss)
         if self.num_chosen > self.num_experts:
             raise UserError(
                 f"num_chosen = {self.num_chosen} is more than there are experts.",

@@ -144,6 +144,8 @@ def test_a_yes_or_no_takes_its_value_as_a_word_too():
     assert _apply("--model.tied", "--model.no-tied").model.tied is False
     with pytest.raises(ConfigError, match="(?s)cannot take 'maybe'.*fix   such as --model.tied False"):
         _apply("--model.tied", "maybe")
+    with pytest.raises(ConfigError, match="(?s)--model.no-tied takes no value.*fix   --model.no-tied or --model.tied, with"):
+        _apply("--model.no-tied", "False")
 
 
 def test_the_flag_that_cannot_be_read_is_blamed_although_others_only_go_together():

@@ -70,20 +70,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_step(name: str) -> bool:
+    """Whether a checkpoint may be called so: "80", not "080"."""
+    return name.isdecimal() and name == str(int(name))
+
+
 def steps(directory: Path) -> list[int]:
     """The steps, ascending, that have a checkpoint: a numbered folder with a manifest."""
-    return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST}") if path.parent.name.isdecimal())
+    return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST}") if is_step(path.parent.name))
 
 
 def numbered(directory: Path) -> list[int]:
     """The steps, ascending, of all folders with a checkpoint's name. One without a manifest, which is there before the
     name is, is damaged: by hand, by another program, or a copy that was cut short."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in directory.glob("*") if is_step(path.name) and path.is_dir())
 
 
 def leftovers(directory: Path) -> list[Path]:
     """What saves and deletions that did not finish have left behind; folders of other programs are none."""
-    return sorted(path for path in directory.glob("*") if path.suffix in (SAVING, DELETING) and path.stem.isdecimal())
+    return sorted(path for path in directory.glob("*") if path.suffix in (SAVING, DELETING) and is_step(path.stem))
 
 
 def no_checkpoints(directory: Path) -> list[tuple[str, str]]:

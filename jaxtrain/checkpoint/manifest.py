@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.checkpoint.files import MANIFEST, FileEntry, write_durably
+from jaxtrain.checkpoint.files import MANIFEST, FileEntry, is_step, write_durably
 from jaxtrain.errors import CheckpointError
 
 FORMAT = 1
@@ -72,7 +72,7 @@ def read(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        if folder.is_dir() and folder.name.isdecimal():
+        if folder.is_dir() and is_step(folder.name):
             rule, fix = f"{MANIFEST} is written before the folder has its name", "a whole copy of it, or another step"
             raise DamagedError(f"{folder} is damaged.", got=f"{MANIFEST} is missing", rule=rule, fix=fix) from error
         rule, fix = f"a checkpoint is a folder with {MANIFEST}", "jaxtrain checkpoint list RUN_DIR"
@@ -87,7 +87,7 @@ def read(folder: Path) -> Manifest:
         raise DamagedError(f"{path} is damaged.", rule="its sha256 is that of its other fields", fix=fix)
     if fields.pop("format") != FORMAT:
         raise CheckpointError(f"{path} is of another format.", rule=f"format {FORMAT}", fix="a newer jaxtrain")
-    if folder.name.isdecimal() and folder.name != str(fields["step"]):
+    if is_step(folder.name) and folder.name != str(fields["step"]):
         got, rule = f"its state is of step {fields['step']}", "a checkpoint's folder has its step as its name"
         raise DamagedError(f"{folder} is damaged.", got=got, rule=rule, fix="remove it, or give it its own name again")
     del fields["sha256"]

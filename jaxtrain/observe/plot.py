@@ -17,11 +17,12 @@ def plot_loss(run_dir: Path) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=run_dir.name)
     for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
         if points:
             axes.plot(*zip(*points), style, label=name, linewidth=1.2, markersize=4)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     path = run_dir / "loss.png"
     figure.savefig(path, dpi=120)
     return path

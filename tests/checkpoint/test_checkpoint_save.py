@@ -156,6 +156,14 @@ def test_folders_of_other_programs_are_neither_restored_nor_removed(opened, fold
     assert (folder / "7.damaged.1" / "default").is_dir()
 
 
+def test_a_copy_under_a_number_with_zeros_is_a_folder_of_somebody_elses(saved, folder, opened):
+    saved(1)
+    for name in ("080", "080.saving"):
+        shutil.copytree(folder / "1", folder / name)
+    assert opened().steps() == [1]
+    assert sorted(path.name for path in folder.iterdir()) == ["080", "080.saving", "1"]
+
+
 KILLED = """
 import sys, threading, time
 import jax, jax.numpy as jnp

@@ -103,11 +103,27 @@ def test_the_rules_say_what_an_axis_shards():
         (dict(num_kv_heads=3), "do not share the key heads evenly"),
         (dict(head_dim=5), "head_dim = 5 is odd"),
         (dict(remat="dot"), "did you mean 'dots'"),
+        (dict(norm_eps=-1.0), "norm_eps = -1.0 is out of range"),
+        (dict(rope_theta=0.0), "rope_theta = 0.0 is out of range"),
+        (dict(rope_theta=float("nan")), "rope_theta = nan is out of range"),
     ],
 )
 def test_a_shape_that_is_none_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         dataclasses.replace(TINY, **changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(factor=0.0), "factor = 0.0 is out of range"),
+        (dict(factor=8.0, low_freq_factor=4.0), "high_freq_factor = 4.0 leaves no frequencies"),
+        (dict(factor=8.0, original_max_position=0), "original_max_position = 0 is no size"),
+    ],
+)
+def test_a_stretch_of_positions_that_is_none_is_refused(fields, words):
+    with pytest.raises(UserError, match=words):
+        RopeScaling(**fields)
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,11 @@ def test_a_layout_that_does_not_divide_is_refused_with_the_closest_that_does(axe
         (lambda: dataclasses.replace(TINY, dense_layers=2, dense_ffn=4), "dense_layers = 2"),
         (lambda: dataclasses.replace(TINY, dense_layers=1), "dense_ffn = None"),
         (lambda: dataclasses.replace(LATENT, rope_dim=3), "rope_dim = 3 is odd"),
+        (lambda: dataclasses.replace(MIX, z_loss=-1.0), "z_loss = -1.0 is out of range"),
+        (lambda: Auxiliary(weight=-0.01), "weight = -0.01 is out of range"),
+        (lambda: Bias(speed=float("inf")), "speed = inf is out of range"),
+        (lambda: Softmax(scale=0.0), "scale = 0.0 is out of range"),
+        (lambda: Sigmoid(scale=-1.0), "scale = -1.0 is out of range"),
         (lambda: size("mixtral"), "did you mean 'mixtral-8x7b'"),
     ],
 )
