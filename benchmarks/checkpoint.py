@@ -5,6 +5,7 @@
 Each round rests (undisturbed steps: memory and disk cool down as between real saves), saves with no step beside it, by
 our code and by Orbax's own synchronous Checkpointer, and saves beside steps that donate their state. `lost` is the time
 from the call to the commit that did not go into steps at their undisturbed pace: the call itself and every slower step.
+Where steps keep every core busy, that is no less than a save's CPU time over the number of cores.
 Ratios are within a round; medians over the rounds that other processes left alone, or over all if there were none.
 Memory is the process's resident set.
 """
@@ -41,6 +42,7 @@ NOTE = dict(config={}, data={})
 NAMES = {
     "step": "undisturbed step, s",
     "sync": "save with nothing beside it, s",
+    "cpu": "save with nothing beside it: CPU time, s",
     "blocked": "save beside steps: the call, s",
     "lost": "save beside steps: all that the loop lost, s",
     "ratio": "lost / save with nothing beside it",
@@ -85,7 +87,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, f
         others = busy_elsewhere()
         with peak() as alone:
             _, state = steps_for(options.rest, step, state)
-        sync = save_alone(checkpoints, 2 * number, state)
+        sync, cpu = save_alone(checkpoints, 2 * number, state)
         _, state = steps_for(options.rest, step, state)
         orbax = save_by_orbax(folder / "orbax", state)
         pace, state = steps_for(options.rest, step, state)
@@ -94,7 +96,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, f
         after, state = steps_for(options.rest, step, state)
         pace = (pace + after) / 2
         lost = elapsed - count * pace
-        rounds.append({"step": pace, "sync": sync, "orbax": orbax, "blocked": blocked, "lost": lost, "steps": count})
+        rounds.append({"step": pace, "sync": sync, "cpu": cpu, "orbax": orbax, "blocked": blocked, "lost": lost, "steps": count})
         rounds[-1] |= {"ratio": lost / sync, "of_orbax": lost / orbax, "others": others()}
         rounds[-1] |= {"memory": (kept + max(0, beside[0] - alone[0])) / size}
         print("  ".join(f"{name} {value:.3f}" for name, value in rounds[-1].items()), flush=True)
@@ -139,11 +141,12 @@ def steps_for(seconds: float, step: Step, state: Any) -> tuple[float, Any]:
     return (time.perf_counter() - begun) / count, state
 
 
-def save_alone(checkpoints: Checkpoints, number: int, state: Any) -> float:
-    begun = time.perf_counter()
+def save_alone(checkpoints: Checkpoints, number: int, state: Any) -> tuple[float, float]:
+    """Seconds, and seconds of this process's CPU time."""
+    begun, worked = time.perf_counter(), time.process_time()
     checkpoints.save(number, state, **NOTE)
     checkpoints.wait()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, time.process_time() - worked
 
 
 def save_by_orbax(folder: Path, state: Any) -> float:
