@@ -104,10 +104,15 @@ def remove(leftover: Path) -> None:
 
 def delete(folder: Path) -> None:
     """Removes a checkpoint; killed in between, it leaves something that is no checkpoint."""
-    doomed = folder.with_name(f"{folder.name}{DELETING}")
-    remove(doomed)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed(folder))
+
+
+def doomed(folder: Path) -> Path:
+    """Takes a checkpoint's name away; -> what is to be removed."""
+    other = folder.with_name(f"{folder.name}{DELETING}")
+    remove(other)
+    os.replace(folder, other)
+    return other
 
 
 def put_aside(folder: Path) -> None:

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 import meshes
-from jaxtrain.checkpoint import peers
+from jaxtrain.checkpoint import describe, peers
 from jaxtrain.background import Deadline
 from jaxtrain.checkpoint.names import named
 
@@ -67,7 +67,7 @@ def is_shared(arrays: Mapping[str, Any]) -> bool:
 
 def digest(state: Any, *, deadline_seconds: float = 300.0) -> str:
     """One hex digest over the names, shapes, dtypes and contents of all leaves; every process of the mesh calls it."""
-    arrays = named(state)
+    arrays = describe.storable(named(state))
     mine = Hashing(arrays).sums()
     shared = is_shared(arrays)
     hashes = peers.agree(peers.new_round(), lambda: mine, total, Deadline(deadline_seconds)) if shared else total([mine])

@@ -35,14 +35,14 @@ def restore(
     *,
     only: str | None = None,
     mesh: Mesh | None = None,
-    rules: meshes.Rules | None = None,
+    rules: meshes.Rules = meshes.DEFAULT,
 ) -> Any:
     """The state of a checkpoint, verified: nested dicts of arrays on this process's first device, unless said otherwise.
 
     `path`: RUN_DIR, its checkpoints folder or one checkpoint; "@STEP" picks one, else it is the newest. `abstract`: a
     tree of shapes, dtypes and shardings that the answer takes on. `only`: one branch of the state, "params"; `abstract`
-    is then of the branch or of the whole. `mesh` with `rules`: arrays are placed by the letters they were saved with,
-    and replicated where they have none. Raises CheckpointError (a table of what differs), DamagedError, LayoutError.
+    is then of the branch or of the whole. `mesh`: arrays are placed on it by `rules` and the letters they were saved
+    with, and replicated where they have none. Raises CheckpointError (a table of what differs), DamagedError, LayoutError.
     """
     folder, deadline = locate(path), Deadline(CheckpointConfig().deadline_seconds)
     shared = _spans_processes(abstract, mesh)
@@ -160,9 +160,8 @@ def _branch_of(abstract: Any, only: str | None) -> Any:
     return abstract.get(only, abstract) if isinstance(abstract, dict) else getattr(abstract, only, abstract)
 
 
-def _placed(name: str, entry: ArrayEntry, mesh: Mesh | None, rules: meshes.Rules | None) -> Sharding:
-    if mesh is None or rules is None:
-        assert mesh is rules, "a mesh comes with rules, and rules with a mesh"
+def _placed(name: str, entry: ArrayEntry, mesh: Mesh | None, rules: meshes.Rules) -> Sharding:
+    if mesh is None:
         return _first_device()
     if entry.letters:
         meshes.check(mesh, rules.params, entry.letters, entry.shape, name)

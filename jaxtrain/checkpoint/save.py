@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import operator
 import shutil
 import sys
 import threading
@@ -83,8 +84,9 @@ class Checkpoints:
 
         `config` and `data` (the data position) are JSON and go into the manifest; `letters` is a tree like `state` of
         strings, one letter per dim. First waits for the save before it, up to a minute; while that one is not done
-        there is no other. Raises when `patience` saves in a row have failed.
+        there is no other. Raises when `patience` saves in a row have failed, and for a step that is no count of updates.
         """
+        step = _index(step)
         if not self._ready(step):
             return
         arrays = describe.storable(named(state))
@@ -320,13 +322,14 @@ class Checkpoints:
             complaints.warn_of_unequal_copies(save.step, hashes)
             manifest.write(folder, describe.completed(save.draft, {n: copies[0] for n, copies in hashes.items()}, entries))
             still_valid(self.directory.parent)
-            if (final / files.MANIFEST).exists():
-                files.delete(final)
-            elif final.exists():
+            old = files.doomed(final) if (final / files.MANIFEST).exists() else None
+            if final.exists():
                 files.put_aside(final)
             folder.rename(final)
             files.sync_folder(self.directory)
             self._damaged.discard(save.step)
+            if old:  # only now: to remove a large one takes seconds, in which a kill would have taken both
+                shutil.rmtree(old)
         except CheckpointError:
             raise
         except Exception as error:  # as above
@@ -363,3 +366,14 @@ class Checkpoints:
             return complaints.too_slow(save.step, self.directory, save.deadline.seconds)
         what = f"the checkpoint of step {save.step} was not saved."
         return complaints.unusable(what, error, self.directory, save.deadline.seconds)
+
+
+def _index(step: Any) -> int:
+    """As an int; numpy's and jax's are taken too."""
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise CheckpointError(f"step = {step!r} cannot be saved.", rule="a whole number of updates, 0 or more")
+    return number

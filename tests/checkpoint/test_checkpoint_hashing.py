@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import meshes
 from jaxtrain.checkpoint import digest, hashing
 from jaxtrain.checkpoint.hashing import LANES, Hashing, _odd, _program, total
+from jaxtrain.errors import CheckpointError
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "bool", "int8", "float8_e4m3fn")
 SHAPES = ((), (3, 0), (7,), (2, 3, 4, 5))
@@ -125,6 +126,11 @@ def test_the_digest_of_a_state_does_not_depend_on_the_mesh():
     state = make_state()
     layouts = [FSDP_4X2, dict(config=meshes.MeshConfig(data=2, fsdp=4), rules=meshes.HSDP), dict(config=meshes.MeshConfig(), rules=meshes.DP)]
     assert {digest(placed(state, **layout)) for layout in layouts} == {digest(state)}
+
+
+def test_a_digest_of_what_a_checkpoint_cannot_hold_is_refused():
+    with pytest.raises(CheckpointError, match="cannot be saved"):
+        digest({"a": np.ones(3)})
 
 
 def test_the_digest_depends_on_names_shapes_dtypes_and_contents():

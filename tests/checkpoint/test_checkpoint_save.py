@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tests.checkpoint.states import FSDP_4X2, abstract, letters, make_state, placed
 
@@ -120,6 +121,40 @@ def test_saving_a_step_again_replaces_it(opened):
         checkpoints.save(5, {"x": jnp.full(3, value)}, **NOTE)
     state, _ = checkpoints.latest({"x": jnp.zeros(3)})
     assert state["x"].tolist() == [2, 2, 2] and checkpoints.steps() == [5]
+
+
+def test_a_kill_while_the_old_one_is_removed_leaves_the_new_one(folder, opened, monkeypatch):
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    checkpoints.save(5, {"x": jnp.zeros(3)}, **NOTE)
+    checkpoints.wait()
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path):
+        raise Killed(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        checkpoints.save(5, {"x": jnp.ones(3)}, **NOTE)
+        with pytest.raises(Killed):
+            checkpoints.wait()
+    state, _ = opened().latest({"x": jnp.zeros(3)})
+    assert state["x"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("step", [-1, 4.0, True, "5"])
+def test_a_step_that_is_no_count_of_updates_is_refused(opened, step):
+    with pytest.raises(CheckpointError, match="cannot be saved"):
+        opened().save(step, {"x": jnp.zeros(3)}, **NOTE)
+
+
+def test_numpys_and_jaxs_counts_are_steps(opened):
+    checkpoints = opened()
+    for step in (np.int64(3), jnp.int32(4)):
+        checkpoints.save(step, {"x": jnp.zeros(3)}, **NOTE)
+        checkpoints.wait()
+    assert checkpoints.steps() == [3, 4]
 
 
 def test_what_unfinished_saves_left_is_no_checkpoint_and_goes_at_the_next_opening(saved, folder, opened):
