@@ -9,6 +9,7 @@ import meshes
 from jaxtrain.train import loss
 
 FP32_NOISE = 2e-5  # relative; fp32 sums of a few thousand terms of like size
+BF16_LENGTH = 1e-3  # relative; rounding of 384 entries and more averages out, a factor that is rounded does not
 
 
 def _inputs(batch=4, seq=24, dim=16, vocab=40, seed=0):
@@ -69,6 +70,21 @@ def test_no_array_of_the_compiled_program_is_as_large_as_the_logits(monkeypatch)
     objective = lambda h, w: loss.cross_entropy(h, w, targets, weights.astype(jnp.float32), 0.0)[0]  # noqa: E731
     compiled = jax.jit(jax.grad(objective, argnums=(0, 1))).lower(h.astype(jnp.float32), w.astype(jnp.float32)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * targets.size * 512
+
+
+def test_a_gradient_in_bfloat16_has_the_length_of_the_exact_one():
+    """Though each entry is rounded, their lengths agree, for any number that the sum is divided by."""
+    h, w, targets, weights = (jnp.asarray(x, kind) for x, kind in zip(_inputs(), (jnp.float32,) * 2 + (jnp.int32, jnp.float32)))
+    for count in (488, 510):
+
+        def mean(h, w):
+            return loss.cross_entropy(h, w, targets, weights, 0.0)[0] / count
+
+        small = h.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        rounded = jax.grad(mean, argnums=(0, 1))(*small)
+        exact = jax.grad(mean, argnums=(0, 1))(*(x.astype(jnp.float32) for x in small))
+        for ours, theirs in zip(rounded, exact):
+            assert float(jnp.linalg.norm(ours.astype(jnp.float32)) / jnp.linalg.norm(theirs)) == pytest.approx(1.0, abs=BF16_LENGTH)
 
 
 def test_a_target_of_weight_zero_changes_nothing():
