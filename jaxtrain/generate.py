@@ -43,7 +43,7 @@ def _write(blueprint: Blueprint, temperature: float, seed: int, params: Any, tex
 
     def one(t: Array, text_BS: Array) -> Array:
         text_BS = meshes.constrain(text_BS, "BS")
-        model = blueprint.model(blueprint.config.precision.cast(params))
+        model = blueprint.model(blueprint.compute_copy(params))
         h_BD = lax.dynamic_index_in_dim(model(text_BS, None, None)[0], t - 1, axis=1, keepdims=False)
         logits_BV = (h_BD @ meshes.constrain(model.unembedding(), "DV")).astype(jnp.float32)
         drawn_B = jax.random.categorical(jax.random.fold_in(key, t), logits_BV / max(temperature, 1e-6))

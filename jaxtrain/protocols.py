@@ -24,8 +24,9 @@ Extras = dict[str, Any]  # fp32 sums over tokens, which add up over microbatches
 class Model(Protocol):
     """An nnx.Module. Each nnx.Param carries `letters`, one letter of the alphabet per dim ("LDF"; `_` for a nameless dim).
 
-    Arrays are float32 as stored; the step casts them to the compute dtype before calling. Layers of one shape are a
-    stack: their parameters have a leading dim L, so that the engine may run any slice of them.
+    Arrays are float32 as stored; the step casts them to the compute dtype before calling, but for those whose nnx.Param
+    carries `exact=True`. Layers of one shape are a stack: their parameters have a leading dim L, so that the engine may
+    run any slice of them.
 
     Extras are what layers add up beside the hidden states: "objective" (a scalar that carries gradient and joins the
     sum of -log p before it is divided by the count of targets; absent where a model has none), and others by name, whose

@@ -38,13 +38,16 @@ class Decoder(nnx.Module):
     attends and feeds forward with is what its stack in the config says.
 
     Matrices start as normals cut off at 2 deviations, of standard deviation 1 / sqrt(inputs); what writes to the
-    residual stream is divided by sqrt(2 L) besides (Radford et al. 2019, section 2.3). Norms start at 1.
+    residual stream is divided by sqrt(2 L) besides (Radford et al. 2019, section 2.3). Norms start at 1. Routers are exact:
+    two near scores of experts must not become equal, nor a small change of a bias be lost (Fedus et al. 2021, arXiv
+    2101.03961, section 2.4).
     """
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         self.config = config
         for i, (name, parameter) in enumerate(config.parameters().items()):
-            setattr(self, name, nnx.Param(_draw(jax.random.fold_in(key, i), parameter), letters=parameter.letters))
+            kept = dict(letters=parameter.letters, exact="router" in name)
+            setattr(self, name, nnx.Param(_draw(jax.random.fold_in(key, i), parameter), **kept))
 
     def __call__(self, tokens_BS, segments_BS=None, positions_BS=None) -> tuple[jax.Array, Extras]:
         """-> h_BSD, laid out as "BSD", final norm applied, and what the layers add up beside it.

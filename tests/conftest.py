@@ -7,14 +7,12 @@ from jaxtrain.xla import add_known
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the time of tests with tiny arrays; without LLVM's optimisations it takes a quarter, and without
-# fusions lowered through MLIR half of that. On a busy machine eight devices on two cores may wait longer for each other
-# than the 40 s after which XLA aborts.
+# fusions lowered through MLIR half of that.
 FLAGS = {
     "xla_backend_optimization_level": "0",
     "xla_cpu_use_fusion_emitters": "false",
-    "xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }
-add_known(runtime.FLAGS | FLAGS)
+add_known(runtime.FLAGS | runtime.CPU_FLAGS | FLAGS)
 
 import jax
 

@@ -143,7 +143,7 @@ class _Model:
         self._blueprint, self._rules = blueprint, blueprint.rules
         self._letters, self._tree = jax.tree.flatten(blueprint.letters.params)
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        copy = blueprint.config.precision.cast(params)
+        copy = blueprint.compute_copy(params)
         self._stacks = self._stacks_of(copy)
         leaves = zip(jax.tree.leaves(copy), self._letters, strict=True)
         self.ends = self._lay_ends([leaf for leaf, letters in leaves if not _is_stacked(letters)])

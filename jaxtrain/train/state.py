@@ -44,6 +44,7 @@ class Blueprint:
         self.config, self.mesh, self.rules = config, mesh, _rules(config, mesh)
         abstract = nnx.eval_shape(lambda: config.model.build(jax.random.key(0)))
         self._graph, self._slots = nnx.split(abstract)
+        self._exact = nnx.to_pure_dict(jax.tree.map(lambda p: getattr(p, "exact", False), self._slots, is_leaf=_is_param))
         params = nnx.to_pure_dict(self._slots)
         letters = nnx.to_pure_dict(jax.tree.map(lambda p: p.letters, self._slots, is_leaf=_is_param))
         self.tx = config.optim.transform(letters)
@@ -66,6 +67,11 @@ class Blueprint:
     def model(self, params: Any) -> Model:
         """The module over these parameters (arrays or tracers, any dtype)."""
         return nnx.merge(self._graph, jax.tree.unflatten(jax.tree.structure(self._slots), jax.tree.leaves(params)))
+
+    def compute_copy(self, params: Any) -> Any:
+        """The parameters in the compute dtype, but those that the model marks as exact; their gradients come back in fp32."""
+        dtype = self.config.precision.compute
+        return jax.tree.map(lambda x, exact: x if exact else x.astype(dtype), params, self._exact)
 
     @cached_property
     def abstract(self) -> State:

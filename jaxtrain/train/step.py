@@ -245,7 +245,7 @@ def _microbatches(x_BS: Array, parts: int) -> Array:
 
 def _compute_copy(blueprint: Blueprint, params: Any) -> Any:
     """The parameters in the compute dtype: still stored as they were (gathered layer by layer), or gathered once."""
-    copy = blueprint.config.precision.cast(params)
+    copy = blueprint.compute_copy(params)
     if blueprint.rules.gather == "step":
         return jax.tree.map(meshes.constrain, copy, blueprint.letters.params)
     return _stored(blueprint, copy)
