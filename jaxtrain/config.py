@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from jaxtrain import ranges
 from jaxtrain.checkpoint.policy import CheckpointConfig
-from jaxtrain.data.source import Source, check_disjoint, check_vocab
+from jaxtrain.data.source import Source, check_disjoint, check_tokenizers, check_vocab
 from jaxtrain.errors import ConfigError, UserError
 from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
@@ -146,6 +146,7 @@ def check(config: RunConfig) -> RunConfig:
         )
     if config.eval:
         check_disjoint(config.data, config.eval.data)
+        check_tokenizers(config.data, config.eval.data)
     return config
 
 

@@ -16,7 +16,7 @@ from jaxtrain.data.prepare import prepared
 from jaxtrain.data.quarantine import Put, Record
 from jaxtrain.data.reading import Document
 from jaxtrain.data.shards import Shards
-from jaxtrain.data.source import Megatron, Mixture, Plain, Source, Synthetic, check_vocab, parts
+from jaxtrain.data.source import Megatron, Mixture, Plain, Source, Synthetic, check_vocab, parts, tokenizers
 from jaxtrain.data.stream import MegatronStream, Stream, SyntheticStream
 from jaxtrain.data.tokenizer import OpenTokenizer, open_tokenizer
 from jaxtrain.errors import ConfigError, DataError
@@ -49,7 +49,7 @@ def open_dataset(
 
 def tokenizer_of(source: Source, vocab_size: int | None = None) -> OpenTokenizer | None:
     """The one tokenizer of a source, None where it holds bare ids. Raises ConfigError for several, or too few ids."""
-    values = {part.tokenizer for part in parts(source) if getattr(part, "tokenizer", None)}
+    values = tokenizers(source)
     if len(values) > 1:
         raise ConfigError(
             "the sources of a mixture have different tokenizers.", got=", ".join(sorted(map(repr, values)))
@@ -213,6 +213,11 @@ class Dataset:
         """Equal for equal data, tokenizer and length."""
         content = repr(([s.key for s in self._streams], self.seq_len, self._shuffle))
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+    @property
+    def has_text(self) -> bool:
+        """Whether `documents` can be read."""
+        return not any(isinstance(part, Megatron | Synthetic) for part in parts(self.source))
 
     def documents(self) -> Iterator[bytes]:
         """The raw bytes of the split's documents, in order, as the files hold them. Raises DataError without text."""

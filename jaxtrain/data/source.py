@@ -167,6 +167,27 @@ def check_disjoint(train: Source, heldout: Source) -> None:
                 )
 
 
+def check_tokenizers(train: Source, heldout: Source) -> None:
+    """Raises ConfigError where an id would mean one text in training and another in evaluation."""
+    seen, unseen = tokenizers(train), tokenizers(heldout)
+    if seen and unseen and seen != unseen:
+        raise ConfigError(
+            "training and evaluation have different tokenizers.",
+            got=f"{_listed(seen)} in training, {_listed(unseen)} in evaluation",
+            rule="an id stands for one text",
+            fix="eval data = data.heldout(); on the command line --eval.data.tokenizer and the like beside --data.tokenizer",
+        )
+
+
+def tokenizers(source: Source) -> set[Tokenizer]:
+    """Those of its parts, without those that hold bare ids."""
+    return {part.tokenizer for part in parts(source) if getattr(part, "tokenizer", None)}
+
+
+def _listed(values: set[Tokenizer]) -> str:
+    return ", ".join(sorted(map(repr, values)))
+
+
 def _said(part: _Files) -> str:
     return f"{type(part).__name__} of {', '.join(part.files)} with holdout = {part.holdout}"
 

@@ -155,7 +155,7 @@ class StepClock:
         self.restart(first_step)
 
     def restart(self, step: int) -> None:
-        """Count from here: what came before (compilation, evaluation, a save) was no step."""
+        """Count from here: what came before (an evaluation, a save, a compilation whose update has no row) was no step."""
         self._last = (step, time.perf_counter())
 
     def tick(self, step: int) -> dict[str, float]:

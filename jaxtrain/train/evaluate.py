@@ -38,14 +38,16 @@ class Evaluator:
         self.data = open_data(config, config.eval.data, lead, shuffle=False)
         self._num_batches = min(self.data.num_steps, config.eval.max_batches or self.data.num_steps)
         known = self.data.token_bytes
+        self.last: dict[str, float] | None = None  # what it gave when it was called last
         self._token_bytes = np.zeros(config.model.vocab_size, np.float32) if known is None else known.astype(np.float32)
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """{"eval/loss": nats per target, "eval/bits_per_byte": where the bytes of tokens are known}."""
+        """{"eval/loss": nats per target, "eval/bits_per_byte" and "eval/bytes" where the bytes of tokens are known}."""
         sums = [self._step(params, self._batch(i), self._token_bytes) for i in range(self._num_batches)]
         nll, count, num_bytes = (math.fsum(float(x) for x in column) for column in zip(*sums))
-        metrics = {"eval/loss": nll / count}
-        return metrics | ({"eval/bits_per_byte": nll / math.log(2) / num_bytes} if num_bytes else {})
+        in_bytes = {"eval/bits_per_byte": nll / math.log(2) / num_bytes, "eval/bytes": round(num_bytes)} if num_bytes else {}
+        self.last = {"eval/loss": nll / count} | in_bytes
+        return self.last
 
     def _batch(self, index: int) -> dict[str, Any]:
         batch, mesh, rules = self._blueprint.config.batch, self._blueprint.mesh, self._blueprint.rules

@@ -162,7 +162,7 @@ def _run(
         return Exit.PREEMPTED if signal == SIGTERM else Exit.INTERRUPTED
     stop.close()
     evaluator = opened.evaluator
-    evaluation = evaluator(state.params) if evaluator else {}
+    evaluation = (evaluator.last or evaluator(state.params)) if evaluator else {}  # the loop's, unless it had nothing to do
     _end(process, Finished(opened.blueprint, state.params, opened.data, evaluator and evaluator.data, evaluation))
     return Exit.DONE
 

@@ -59,7 +59,7 @@ Schedule = Cosine | WSD | Linear
 
 
 def _progress(step: Any, start: int, end: int) -> Any:
-    """0 until `start`, 1 from the last update (number end - 1) on."""
+    """0 until `start`, 1 from the last update (number end - 1) on; 0 throughout where that one is `start`."""
     import jax.numpy as jnp
 
     return jnp.clip((step - start) / max(1, end - 1 - start), 0.0, 1.0)

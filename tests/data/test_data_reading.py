@@ -12,7 +12,7 @@ import zstandard
 
 from jaxtrain.data import reading
 from jaxtrain.data.files import list_files
-from jaxtrain.data.source import Jsonl, Mixture, Parquet, Synthetic, Text, check_disjoint
+from jaxtrain.data.source import HuggingFace, Jsonl, Mixture, Parquet, Synthetic, Text, check_disjoint, check_tokenizers
 from jaxtrain.errors import ConfigError, DataError
 
 TEXTS = [f"document {i} ä\n" * (i + 1) for i in range(50)]
@@ -154,6 +154,15 @@ def test_held_out_documents_that_training_would_read_are_refused_by_the_patterns
     for source in (train, mixed):
         with pytest.raises(ConfigError, match="are trained on") if refused else contextlib.nullcontext():
             check_disjoint(source, heldout)
+
+
+def test_an_id_means_one_text_in_training_and_evaluation():
+    text, ids, other = Text(files=("c",), holdout=0.2), Synthetic(), HuggingFace(file="tok.json")
+    for heldout in (text.heldout(), ids, Mixture(sources=(ids, text.heldout()), weights=(1, 1))):
+        check_tokenizers(text, heldout)
+    for heldout in (replace(text.heldout(), tokenizer=other), Mixture(sources=(ids, replace(text, tokenizer=other)), weights=(1, 1))):
+        with pytest.raises(ConfigError, match="(?s)different tokenizers.*Bytes.* in training, HuggingFace.* in evaluation"):
+            check_tokenizers(text, heldout)
 
 
 def test_patterns_that_overlap_do_so_because_text_hashes_names_relative_to_them(tmp_path, corpus):

@@ -11,7 +11,7 @@ from jaxtrain.observe.ending import Baselines, gzip_bits_per_byte, unigram_bits_
 class Held:
     """A held-out dataset of two documents."""
 
-    eval_data = None
+    eval_data, has_text = None, True
 
     def documents(self):
         yield b"abab" * 100
@@ -30,11 +30,26 @@ def test_gzip_is_gzip():
 
 def test_the_comparison_is_over_the_same_bytes():
     run = Held()
-    run.eval_data, run.evaluation = run, {"eval/bits_per_byte": 1.5}
+    run.eval_data, run.evaluation = run, {"eval/bits_per_byte": 1.5, "eval/bytes": 800}
     lines = Baselines().lines(run)
     assert lines[0] == "held-out bits per byte, 800 bytes:"
     assert "1.500" in lines[1]
     assert "2.000" in lines[3]
+
+
+def test_the_comparison_leaves_out_what_the_evaluation_did_not_read():
+    run = Held()
+    run.eval_data, run.evaluation = run, {"eval/bits_per_byte": 1.5, "eval/bytes": 400}
+    lines = Baselines().lines(run)
+    assert "400 bytes" in lines[0]
+    assert "1.000" in lines[3]  # of the first document alone, which has two kinds of bytes
+
+
+def test_data_without_text_has_a_figure_and_no_comparison():
+    run = Held()
+    run.eval_data, run.evaluation, run.has_text = run, {"eval/bits_per_byte": 1.5, "eval/bytes": 800}, False
+    (line,) = Baselines().lines(run)
+    assert "1.500" in line and "no text" in line
 
 
 def test_a_run_whose_tokens_have_no_known_bytes_compares_nothing():
