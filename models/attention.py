@@ -2,7 +2,7 @@
 
 How queries meet the keys of other devices, where mesh axes cut the sequence, is no matter of the model: the rules say it.
 What a way refuses, and why, is said once on stderr and the next one in ORDER is taken; `require` makes it fail instead.
-`Auto` takes the first in ORDER that does not refuse, and says nothing.
+`Auto` takes the first in ORDER that does not refuse; on a GPU it says so where that is not the first.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _required(wanted: Way, reason: str, got: str = "") -> LayoutError:
 def choose(wanted: Attention, site: Site) -> Way:
     """The way taken: `wanted`, or where it refuses the next that does not. Raises LayoutError where it is required."""
     if isinstance(wanted, Auto):
-        return _first(ORDER, site)
+        return _best(site)
     reason = wanted.refuses(site)
     if not reason:
         return wanted
@@ -172,6 +172,13 @@ def choose(wanted: Attention, site: Site) -> Way:
     name = type(wanted).__name__
     taken = _first([way for way in ORDER if type(way) is not type(wanted)], site)
     _say(f"attention: {name} refused, {type(taken).__name__} instead: {reason}")
+    return taken
+
+
+def _best(site: Site) -> Way:
+    fastest, taken = ORDER[0], _first(ORDER, site)
+    if taken is not fastest and site.platform == "gpu":  # elsewhere nobody expects it
+        _say(f"attention: {type(taken).__name__}, as {type(fastest).__name__} refused: {fastest.refuses(site)}")
     return taken
 
 
