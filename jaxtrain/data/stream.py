@@ -110,7 +110,8 @@ def _open_megatron(index: File) -> tuple[np.ndarray, np.ndarray]:
     lengths, offsets, firsts = (
         raw[a:b].view(kind) for a, b, kind in zip(ends[:-1], ends[1:], ("<i4", "<i8", "<i8"), strict=True)
     )
-    begins = np.cumsum([0, *lengths], dtype=np.int64)
+    begins = np.zeros(sequences + 1, np.int64)
+    np.cumsum(lengths, out=begins[1:])
     if not np.array_equal(offsets, begins[:-1] * DTYPES[code].itemsize):
         raise DataError(
             f"{index.path}: its sequences have gaps or another order.", rule="sequences lie end to end in the .bin file"
