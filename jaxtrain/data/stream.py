@@ -69,11 +69,13 @@ class MegatronStream(Arrays):
 
     def __init__(self, source: Megatron):
         indices = list_files(source.indices)
-        pairs = [_open_megatron(index) for index in indices]
+        binaries = [_binary(index) for index in indices]
+        pairs = [_open_megatron(index, binary) for index, binary in zip(indices, binaries, strict=True)]
         bases = np.cumsum([0, *(len(tokens) for tokens, _ in pairs)])
         # An empty document leaves no token, hence no start of its own.
         starts = np.unique(np.concatenate([base + s for base, (_, s) in zip(bases, pairs, strict=False)]))
-        digest = hashlib.blake2b(repr([(f.name, f.size, f.mtime_ns) for f in indices]).encode(), digest_size=16)
+        files = [(f.name, f.size, f.mtime_ns) for f in (*indices, *binaries)]
+        digest = hashlib.blake2b(repr(files).encode(), digest_size=16)
         super().__init__([tokens for tokens, _ in pairs], starts[starts < bases[-1]], digest.hexdigest())
         self._names = [f.name.removesuffix(".idx") for f in indices]
 
@@ -82,7 +84,17 @@ class MegatronStream(Arrays):
         return f"{self._names[number]}#{document - int(self.document_at(np.array(self._bases[number])))}"
 
 
-def _open_megatron(index: File) -> tuple[np.ndarray, np.ndarray]:
+def _binary(index: File) -> File:
+    """The .bin file beside an index, named like it."""
+    path = index.path.removesuffix(".idx") + ".bin"
+    try:
+        (file,) = list_files((path,))
+    except DataError as error:
+        raise DataError(f"{path} is missing.", got=f"{index.path}", rule="a .bin beside each .idx") from error
+    return file._replace(name=index.name.removesuffix(".idx") + ".bin")
+
+
+def _open_megatron(index: File, binary: File) -> tuple[np.ndarray, np.ndarray]:
     """-> (tokens, document starts) of one pair.
 
     Layout: magic, version u64, dtype u8, sequences u64, documents u64; of each sequence its length i32, then of each
@@ -125,20 +137,12 @@ def _open_megatron(index: File) -> tuple[np.ndarray, np.ndarray]:
             f"{index.path} is damaged.",
             rule="lengths are positive, documents ascend from the first sequence to the last",
         )
-    return _megatron_tokens(index, int(begins[-1]), DTYPES[code]), begins[firsts]
-
-
-def _megatron_tokens(index: File, count: int, dtype: np.dtype) -> np.ndarray:
-    path = index.path.removesuffix(".idx") + ".bin"
-    try:
-        size = list_files((path,))[0].size
-    except DataError as error:
-        raise DataError(f"{path} is missing.", got=f"{index.path}", rule="a .bin beside each .idx") from error
-    if size != count * dtype.itemsize:
+    size = int(begins[-1]) * DTYPES[code].itemsize
+    if binary.size != size:
         raise DataError(
-            f"{path} does not fit its index.", got=f"{size} bytes", rule=f"{count * dtype.itemsize} by {index.path}"
+            f"{binary.path} does not fit its index.", got=f"{binary.size} bytes", rule=f"{size} by {index.path}"
         )
-    return map_tokens(path, count, dtype)
+    return map_tokens(binary.path, int(begins[-1]), DTYPES[code]), begins[firsts]
 
 
 def map_tokens(path: str, count: int, dtype: np.dtype) -> np.ndarray:

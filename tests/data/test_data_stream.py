@@ -1,6 +1,7 @@
 """Streams read in place: Megatron files written by another writer, and synthetic ids with a known entropy."""
 
 import math
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_megatron_files_that_do_not_fit_are_refused(tmp_path, file, edit, said):
     (tmp_path / file).unlink() if edit is None else rewrite(tmp_path / file, edit)
     with pytest.raises(DataError, match=said):
         MegatronStream(Megatron(files=(f"{tmp_path}/a",)))
+
+
+@pytest.mark.parametrize("file", ["a.idx", "a.bin"])
+def test_files_that_were_written_again_are_another_corpus(tmp_path, file):
+    write_megatron(tmp_path / "a", DOCUMENTS, 8)
+    key = lambda: MegatronStream(Megatron(files=(f"{tmp_path}/a",))).key  # noqa: E731
+    before = key()
+    assert key() == before
+    os.utime(tmp_path / file, ns=(1, 1))
+    assert key() != before
 
 
 def test_opening_makes_no_python_object_for_each_sequence(tmp_path):
