@@ -249,7 +249,6 @@ def _check_column(source: Parquet, file: File, schema: Any) -> None:
         )
     kind = schema.field(source.column).type
     value = kind.value_type if kinds.is_dictionary(kind) else kind
-    if not any(
-        test(value) for test in (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
-    ):
+    texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view)
+    if not any(test(value) for test in (*texts, kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view)):
         raise DataError(f"{file.path}: column {source.column!r} holds {kind}.", rule="a column of strings or of binary")
