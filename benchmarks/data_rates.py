@@ -66,7 +66,7 @@ def prepare_rates(source: Text, folder: Path, workers: int) -> Rates:
     train_bpe((text.decode("utf-8", "replace") for text in texts[:500]), value, 8192)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer, some = open_tokenizer(value), texts[: len(texts) // 4]
-    rows = {"tokenizer alone, bytes": rates(sum(map(len, some)), lambda: tokenizer.encode_documents(some))}
+    rows = {"tokenizer alone, bytes": rates(sum(map(len, some)), lambda: list(tokenizer.encode_documents(some)))}
     for count in sorted({1, workers}):
         for name, made in (("bytes", Text(files=source.files)), ("BPE 8192", replace(source, tokenizer=value))):
             where = folder / f"{name}-{count}"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,14 @@ def write_shard(source: Source, folder: Path, number: int, pieces: list[Piece]) 
     stem = f"{number:05}"
     starts, numbers, owners, total = array("q"), array("q"), [], 0
     with shards.atomic(folder / f"{stem}.tokens") as file:
-        for document, ids in _tokenised(source, tokenizer, pieces):
+        for document, arrays in _tokenised(source, tokenizer, pieces):
             if not owners or owners[-1][0] != document.file.name:
                 owners.append([document.file.name, _mark(source), len(starts)])
             starts.append(total)
             numbers.append(document.number)
-            file.write(ids)
-            total += len(ids)
+            for ids in arrays:
+                file.write(ids)
+                total += len(ids)
     tokens = shards.map_tokens(str(folder / f"{stem}.tokens"), total, token_dtype(tokenizer))
     crcs = shards.block_crcs(tokens)
     table = np.stack([np.asarray(starts), np.asarray(numbers)], axis=1).astype("<i8")
@@ -219,17 +221,23 @@ def _mark(source: Source) -> str:
     return {Text: "", Jsonl: "@", Parquet: "#"}[type(source)]
 
 
-def _tokenised(source: Source, tokenizer: OpenTokenizer, pieces: list[Piece]) -> Iterator[tuple[Document, np.ndarray]]:
+def _tokenised(
+    source: Source, tokenizer: OpenTokenizer, pieces: list[Piece]
+) -> Iterator[tuple[Document, Iterator[np.ndarray]]]:
+    """Documents with their ids and end, in arrays that are to be taken before the next document."""
     dtype = token_dtype(tokenizer)
     end = np.array([tokenizer.end], dtype)
     stream = itertools.chain.from_iterable(reading.documents(source, piece) for piece in pieces)
     for batch in _batches(stream):
-        try:
-            encoded = tokenizer.encode_documents([document.text for document in batch])
-        except UndecodableText as error:
-            raise not_utf8(source, batch[error.index], error.offset) from error
-        for document, ids in zip(batch, encoded, strict=True):
-            yield document, np.concatenate([ids.astype(dtype, copy=False), end])
+        for index, encoded in itertools.groupby(_encoded(source, tokenizer, batch), key=itemgetter(0)):
+            yield batch[index], itertools.chain((ids.astype(dtype, copy=False) for _, ids in encoded), [end])
+
+
+def _encoded(source: Source, tokenizer: OpenTokenizer, batch: list[Document]) -> Iterator[tuple[int, np.ndarray]]:
+    try:
+        yield from tokenizer.encode_documents([document.text for document in batch])
+    except UndecodableText as error:
+        raise not_utf8(source, batch[error.index], error.offset) from error
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -16,6 +16,7 @@ from jaxtrain.errors import ConfigError, DataError, closest
 # A longer text is encoded in parts that end at a line's end: one encoding takes ~100 bytes of memory per token. Only a
 # token that would span the cut (none in GPT-2's or Llama 3's patterns, where the next line begins with a word) differs.
 LONGEST_TEXT = 1 << 20
+TOGETHER = 4 << 20  # characters that one call encodes, each part on a core: their encodings take some 150 MB
 # GPT-4's pattern (tiktoken, cl100k_base), with digits in groups of at most three.
 WORDS = "|".join(
     (
@@ -41,8 +42,8 @@ class OpenTokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
 
-    def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids of each document. Raises UndecodableText."""
+    def encode_documents(self, texts: Sequence[bytes]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of the document, ids), in order; a long document's ids come in several. Raises UndecodableText."""
 
     def token_bytes(self) -> np.ndarray | None:
         """int32 per id: the UTF-8 bytes that it stands for, 0 for special tokens; None where ids do not tell."""
@@ -74,8 +75,8 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
-    def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        return [np.frombuffer(text, np.uint8) for text in texts]
+    def encode_documents(self, texts: Sequence[bytes]) -> Iterator[tuple[int, np.ndarray]]:
+        return ((i, np.frombuffer(text, np.uint8)) for i, text in enumerate(texts))
 
     def token_bytes(self) -> np.ndarray:
         return np.r_[np.ones(256, np.int32), np.int32(0)]
@@ -100,11 +101,15 @@ class BpeTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        parts = [list(_parts(self._decoded(i, text))) for i, text in enumerate(texts)]
-        flat = self._tokenizer.encode_batch_fast([p for document in parts for p in document], add_special_tokens=False)
-        ids = iter([np.array(encoding.ids, np.uint32) for encoding in flat])
-        return [np.concatenate([next(ids) for _ in document] or [np.zeros(0, np.uint32)]) for document in parts]
+    def encode_documents(self, texts: Sequence[bytes]) -> Iterator[tuple[int, np.ndarray]]:
+        parts = ((i, part) for i, text in enumerate(texts) for part in _parts(self._decoded(i, text)))
+        for group in _groups(parts):
+            yield from self._encoded(group)
+
+    def _encoded(self, group: list[tuple[int, str]]) -> list[tuple[int, np.ndarray]]:
+        """What is much larger than its ids, and lives only here, are the library's encodings."""
+        encodings = self._tokenizer.encode_batch_fast([part for _, part in group], add_special_tokens=False)
+        return [(i, np.array(e.ids, np.uint32)) for (i, _), e in zip(group, encodings, strict=True)]
 
     def _decoded(self, index: int, text: bytes) -> str:
         try:
@@ -129,12 +134,27 @@ class BpeTokenizer:
 
 
 def _parts(text: str) -> Iterator[str]:
-    while len(text) > LONGEST_TEXT:
-        cut = text.rfind("\n", 0, LONGEST_TEXT) + 1 or LONGEST_TEXT
-        yield text[:cut]
-        text = text[cut:]
-    if text:
-        yield text
+    """The text in parts of LONGEST_TEXT at most; one where it is empty."""
+    start = 0
+    while len(text) - start > LONGEST_TEXT:
+        cut = text.rfind("\n", start, start + LONGEST_TEXT) + 1 or start + LONGEST_TEXT
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _groups(parts: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Parts in a row, as many as hold TOGETHER characters at most."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for index, part in parts:
+        if group and size + len(part) > TOGETHER:
+            yield group
+            group, size = [], 0
+        group.append((index, part))
+        size += len(part)
+    if group:
+        yield group
 
 
 def _sentencepiece_bytes(token: str) -> int:

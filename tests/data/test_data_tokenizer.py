@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,14 @@ from jaxtrain.errors import ConfigError, DataError
 TEXT = "the größer 数据 is\n\n  not <|endoftext|> 42 'quoted'\t🎈 e\u0301\r\n"
 
 
+def encoded(tokenizer, *texts):
+    """The ids of each text."""
+    ids = [[] for _ in texts]
+    for index, array in tokenizer.encode_documents(texts):
+        ids[index] += array.tolist()
+    return ids
+
+
 def both(bpe):
     return [open_tokenizer(Bytes()), open_tokenizer(bpe)]
 
@@ -23,14 +32,13 @@ def both(bpe):
 def test_text_is_decoded_as_it_was(bpe):
     for tokenizer in both(bpe):
         assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-        (ids,) = tokenizer.encode_documents([TEXT.encode()])
-        assert ids.tolist() == tokenizer.encode(TEXT)
+        assert encoded(tokenizer, b"", TEXT.encode(), b"a") == [[], tokenizer.encode(TEXT), tokenizer.encode("a")]
 
 
 def test_bytes_take_anything():
     tokenizer = open_tokenizer(Bytes())
     everything = bytes(range(256))
-    assert tokenizer.encode_documents([everything, b""])[0].astype(np.uint8).tobytes() == everything
+    assert encoded(tokenizer, everything, b"") == [list(everything), []]
     assert (tokenizer.vocab_size, tokenizer.end) == (257, 256)
 
 
@@ -75,19 +83,59 @@ def test_bytes_are_not_guessed_where_tokens_do_not_tell(tmp_path):
 
 def test_a_long_document_is_encoded_in_parts_to_the_same_ids(bpe, monkeypatch):
     text = "".join(f"line {i} of the data\n" for i in range(200))
-    whole = open_tokenizer(bpe).encode_documents([text.encode()])[0]
+    (whole,) = encoded(open_tokenizer(bpe), text.encode())
     monkeypatch.setattr(module, "LONGEST_TEXT", 300)
-    assert np.array_equal(open_tokenizer(bpe).encode_documents([text.encode()])[0], whole)
+    for together in (1, 700, 10**6):
+        monkeypatch.setattr(module, "TOGETHER", together)
+        assert encoded(open_tokenizer(bpe), b"a", text.encode(), b"a")[1] == whole
     unbroken = "x" * 1000
-    assert open_tokenizer(bpe).decode(open_tokenizer(bpe).encode_documents([unbroken.encode()])[0]) == unbroken
+    assert open_tokenizer(bpe).decode(encoded(open_tokenizer(bpe), unbroken.encode())[0]) == unbroken
+
+
+class Counted:
+    """A tokenizer whose encodings are counted: of how much text they are at once."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.alive, self.most = tokenizer, 0, 0
+
+    def encode_batch_fast(self, texts, **how):
+        self.alive += sum(map(len, texts))
+        self.most = max(self.most, self.alive)
+        return [Encoding(self, text, e) for text, e in zip(texts, self._tokenizer.encode_batch_fast(texts, **how))]
+
+
+class Encoding:
+    def __init__(self, owner, text, encoding):
+        self.ids = encoding.ids
+        weakref.finalize(self, lambda: setattr(owner, "alive", owner.alive - len(text)))
+
+
+def test_encodings_of_a_few_parts_are_alive_at_once_however_long_the_documents_are(bpe, monkeypatch):
+    monkeypatch.setattr(module, "LONGEST_TEXT", 300)
+    monkeypatch.setattr(module, "TOGETHER", 1000)
+    tokenizer = open_tokenizer(bpe)
+    tokenizer._tokenizer = counted = Counted(tokenizer._tokenizer)
+    sizes = [len(ids) for ids in encoded(tokenizer, b"the data\n" * 3000, b"a", b"x" * 5000)]
+    assert min(sizes) > 0 and 600 < counted.most <= 1000
+
+
+def test_cutting_a_text_copies_every_character_once(monkeypatch):
+    class Watched(str):
+        def __getitem__(self, where):
+            copied.append(len(part := str(self)[where]))
+            return part
+
+    monkeypatch.setattr(module, "LONGEST_TEXT", 300)
+    copied, text = [], "the data\n" * 1000
+    assert "".join(module._parts(Watched(text))) == text and sum(copied) == len(text)
 
 
 def test_text_that_is_not_utf8_is_refused_or_replaced(bpe):
     with pytest.raises(UndecodableText) as caught:
-        open_tokenizer(bpe).encode_documents([b"fine", b"ab\xff"])
+        encoded(open_tokenizer(bpe), b"fine", b"ab\xff")
     assert (caught.value.index, caught.value.offset) == (1, 2)
     lenient = open_tokenizer(replace(bpe, errors="replace"))
-    assert lenient.decode(lenient.encode_documents([b"ab\xffc"])[0]) == "ab\ufffdc"
+    assert lenient.decode(encoded(lenient, b"ab\xffc")[0]) == "ab\ufffdc"
 
 
 def test_padding_and_truncation_of_the_file_are_not_applied(bpe, tmp_path):
