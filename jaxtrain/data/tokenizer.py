@@ -13,8 +13,9 @@ from jaxtrain.data.shards import atomic
 from jaxtrain.data.source import Bytes, HuggingFace
 from jaxtrain.errors import ConfigError, DataError, closest
 
-# A longer text is encoded in parts that end at a line's end: one encoding takes ~100 bytes of memory per token. Only a
-# token that would span the cut (none in GPT-2's or Llama 3's patterns, where the next line begins with a word) differs.
+# A longer text is encoded in parts that end at a line's end: one encoding takes ~100 bytes of memory per token. Its ids
+# are those of the whole but at the cuts: a token that would span one is two (none in GPT-2's or Llama 3's patterns,
+# where the next line begins with a word), and what a tokenizer puts before every text, as Metaspace "▁", is there too.
 LONGEST_TEXT = 1 << 20
 TOGETHER = 4 << 20  # characters that one call encodes, each part on a core: their encodings take some 150 MB
 # GPT-4's pattern (tiktoken, cl100k_base), with digits in groups of at most three.
