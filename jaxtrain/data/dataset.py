@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +32,15 @@ def open_dataset(
     cache_dir: str | Path,
     shuffle: bool = True,
     prepare: bool = True,
+    moved: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """The source as a Dataset, tokenised first where that has not been done: by another process with prepare=False.
 
-    shuffle=False reads every example once, in the order of the files. Raises ConfigError where the tokenizer makes ids
-    that the model lacks, DataError for data that is missing, damaged or too short.
+    shuffle=False reads every example once, in the order of the files. `moved` is as in `prepared`. Raises ConfigError
+    where the tokenizer makes ids that the model lacks, DataError for data that is missing, damaged or too short.
     """
     tokenizer = tokenizer_of(source, vocab_size)
-    streams = [_open(part, cache_dir, prepare) for part in parts(source)]
+    streams = [_open(part, cache_dir, prepare, moved) for part in parts(source)]
     for part, stream in zip(parts(source), streams, strict=True):
         _check_length(part, stream, seq_len if shuffle else 1)
     return Dataset(
@@ -60,12 +61,12 @@ def tokenizer_of(source: Source, vocab_size: int | None = None) -> OpenTokenizer
     return tokenizer
 
 
-def _open(part: Plain, cache_dir: str | Path, prepare: bool) -> Stream:
+def _open(part: Plain, cache_dir: str | Path, prepare: bool, moved: Callable[[], None]) -> Stream:
     if isinstance(part, Synthetic):
         return SyntheticStream(part)
     if isinstance(part, Megatron):
         return MegatronStream(part)
-    return Shards(prepared(part, cache_dir, prepare=prepare))
+    return Shards(prepared(part, cache_dir, prepare=prepare, moved=moved))
 
 
 def _check_length(part: Plain, stream: Stream, seq_len: int) -> None:

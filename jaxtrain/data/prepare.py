@@ -31,6 +31,7 @@ from jaxtrain.errors import DataError, RunError
 FORMAT = 1  # of the shards: another number, another folder
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1024  # of one call of the tokenizer: enough to hide the call, little memory
 POLL_SECONDS = 0.5
+STALL_SECONDS = 1200.0  # longer than a supervisor lets the lead process write nothing: that one is named, not who waits
 SPAWN_BYTES = 8 << 20  # of input: below this a process costs more to start (about 0.5 s) than it saves
 
 Source = Text | Jsonl | Parquet
@@ -42,21 +43,29 @@ def default_cache(runs_dir: str | Path) -> Path:
 
 
 def prepared(
-    source: Source, cache_dir: str | Path, *, prepare: bool, workers: int | None = None, stall_seconds: float = 600.0
+    source: Source,
+    cache_dir: str | Path,
+    *,
+    prepare: bool,
+    workers: int | None = None,
+    stall_seconds: float = STALL_SECONDS,
+    moved: Callable[[], None] = lambda: None,
 ) -> Path:
     """The finished folder of this source under `cache_dir`: at once where it is there, else made now if `prepare`.
 
     The folder's name is a hash of the files (names, sizes, mtimes), split, tokenizer and format. With prepare=False,
     for all processes but the lead one: waits for another to make it. Raises DataError for bad input, RunError where
-    the disk refuses, a worker is killed, or nothing is written in the folder for `stall_seconds`.
+    the disk refuses, a worker is killed, or nothing is written in the folder for `stall_seconds`. `moved` is called
+    whenever more is seen to be written there, by whichever process: with prepare=True on a thread of its own.
     """
     folder = find(source, cache_dir)
     if (folder / "index.json").exists():
         return folder
     if prepare:
-        _make(source, folder, workers or len(os.sched_getaffinity(0)))
+        with _watched(folder, moved):
+            _make(source, folder, workers or len(os.sched_getaffinity(0)))
     else:
-        _wait(folder, stall_seconds)
+        _wait(folder, stall_seconds, moved)
     return folder
 
 
@@ -81,11 +90,12 @@ def _key(source: Source, tokenizer: OpenTokenizer) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
-def _wait(folder: Path, stall_seconds: float) -> None:
-    seen, since = None, time.monotonic()
+def _wait(folder: Path, stall_seconds: float, moved: Callable[[], None]) -> None:
+    seen, since = _written(folder), time.monotonic()
     while not (folder / "index.json").exists():
-        if (sizes := _sizes(folder)) != seen:
-            seen, since = sizes, time.monotonic()
+        if (written := _written(folder)) != seen:
+            seen, since = written, time.monotonic()
+            moved()
         if time.monotonic() - since > stall_seconds:
             raise RunError(
                 f"no process is preparing the data in {folder}.",
@@ -96,11 +106,36 @@ def _wait(folder: Path, stall_seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+@contextlib.contextmanager
+def _watched(folder: Path, moved: Callable[[], None]) -> Iterator[None]:
+    """Calls `moved` for what any process, this one or a worker, writes in the folder meanwhile."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen = _written(folder)
+        while not done.wait(POLL_SECONDS):
+            if (written := _written(folder)) != seen:
+                seen = written
+                moved()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _written(folder: Path) -> dict[str, int]:
+    """The folder's files, with the sizes of those that are not finished: of the others they do not change."""
     sizes = {}
-    for path in folder.glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-            sizes[path.name] = path.stat().st_size
+    with contextlib.suppress(OSError):  # the folder is not there yet
+        for name in os.listdir(folder):
+            sizes[name] = 0
+            if name.endswith(".tmp"):
+                with contextlib.suppress(OSError):  # renamed meanwhile
+                    sizes[name] = (folder / name).stat().st_size
     return sizes
 
 

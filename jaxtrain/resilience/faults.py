@@ -35,7 +35,7 @@ ENDING = ("kill", "exception", "exit", "abort", "oom", *HANGING)  # those that e
 TOLERATED = ("slow", "stall-save", "disk-full", "clock-jump", "delay-network")  # those with which it goes on
 LEAVING = ("sigterm", "kill-supervisor")  # those that end the launch: the same command goes on
 PHASES = ("data", "step", "metrics")  # through which every update goes
-OTHER_PHASES = ("restore", "compile", "evaluate", "snapshot", "save", "end")
+OTHER_PHASES = ("prepare", "restore", "compile", "evaluate", "snapshot", "save", "end")
 SECONDS = {"cut-network": 600.0, "delay-network": 0.2}  # of the others: 1
 WHERE = ("params", "opt", "grads", "file")
 

@@ -186,7 +186,7 @@ class Lead:
             return
         step = min(beat.step for beat in beats)
         if incident := self._incident:
-            working = [beat for beat in beats if beat.phase not in ("start", "restore")]
+            working = [beat for beat in beats if beat.phase not in ("start", "prepare", "restore")]
             if "start" not in incident.times and all(beat.phase != "start" for beat in beats):
                 incident.times["start"] = time.monotonic()
             if len(working) == len(beats) and incident.restored is None:
@@ -283,12 +283,16 @@ class Lead:
 
     def _went_on(self, hang: Verdict) -> bool:
         """Whether the culprits have moved while the evidence was gathered: they were slow."""
-        before = {s.index: s.beat.sequence for s in hang.statuses if s.index in hang.culprits}
-        after = {s.index: s.beat.sequence for s in self._host.statuses() if s.beat}
-        moved = any(after.get(index) != sequence for index, sequence in before.items())
+        before = {s.index: s.beat for s in hang.statuses if s.index in hang.culprits}
+        after = {s.index: s.beat for s in self._host.statuses() if s.beat}
+        moved = any(index not in after or self._moved(beat, after[index]) for index, beat in before.items())
         if moved:
             as_lead(f"no incident, it went on: {hang.line}")
         return moved
+
+    def _moved(self, before: Beat, after: Beat) -> bool:
+        """By another beat, or a renewal: that comes later than the age of another host's beat is wrong by."""
+        return after.sequence != before.sequence or after.since > before.since + self._deadlines.floor / 2
 
     def _after(self, found: Verdict, alive: list[str], times: dict[str, float]) -> None:
         """Records the incident; raises RunError where going on makes no sense."""
@@ -336,7 +340,8 @@ class Lead:
     def _pause(self, found: Verdict) -> None:
         if found.what == HELD:
             return self._until_released()
-        trained = any(s.beat and s.beat.phase not in ("start", "restore", "save", "end") for s in found.statuses)
+        apart = ("start", "prepare", "restore", "save", "end")
+        trained = any(s.beat and s.beat.phase not in apart for s in found.statuses)
         seconds = 0.0 if trained else PAUSES_S[self._failures - 1]
         if seconds:
             as_lead(f"the next attempt comes in {seconds:.0f} s")

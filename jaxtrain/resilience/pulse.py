@@ -1,6 +1,6 @@
 """A trainer's progress in a memory-mapped file that outlives it: the trainer writes, its supervisor reads. It judges nothing.
 
-One record of 468 bytes: who writes it, what it does since when, and of each phase how often it came and how long it
+One record of 484 bytes: who writes it, what it does since when, and of each phase how often it came and how long it
 took. A write is a copy into memory, without a system call, so a trainer that hangs leaves its last word.
 """
 
@@ -21,7 +21,7 @@ from jaxtrain.errors import RunError
 from jaxtrain.resilience import faults
 from jaxtrain.resilience.say import as_host
 
-PHASES = ("start", "restore", "compile", "data", "step", "metrics", "evaluate", "snapshot", "save", "end")
+PHASES = ("start", "prepare", "restore", "compile", "data", "step", "metrics", "evaluate", "snapshot", "save", "end")
 _CHECK = struct.Struct("<I")  # CRC-32 of the rest: what was read in the middle of a write, or is damaged, is no news
 # Sequence, pid, generation, step, phase, since when (CLOCK_MONOTONIC, ns); of each phase: how often, and the longest in
 # seconds; a text about the writer, UTF-8.
@@ -46,7 +46,7 @@ class Beat:
     longest: Mapping[str, float]  # seconds
 
     def age(self) -> float:
-        """Seconds in this phase."""
+        """Seconds in this phase, or since it was renewed."""
         return time.monotonic() - self.since
 
 
@@ -74,6 +74,14 @@ class Pulse:
         self._write()
         if self._at is not None:
             self._at(phase, step)
+
+    def renew(self) -> None:
+        """It comes on within its phase, whose time counts from now. It is no beat: the others need not do the same, and by
+        the numbers of beats they are compared."""
+        now = time.monotonic_ns()
+        self._longest[self._phase] = max(1e-9 * (now - self._since), self._longest[self._phase])
+        self._since = now
+        self._write()
 
     def about(self, place: str, restored: str = "") -> None:
         """Says, for readers, who writes: its place in the mesh, and what its state came from: tier and step."""

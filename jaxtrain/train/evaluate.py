@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,13 @@ from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step
 
 
-def open_data(config: RunConfig, source: Source, lead: bool, shuffle: bool = True) -> Dataset:
-    """One of the config's sources as batches; the lead process tokenises it where that has not been done."""
+def open_data(
+    config: RunConfig, source: Source, lead: bool, shuffle: bool = True, moved: Callable[[], None] = lambda: None
+) -> Dataset:
+    """One of the config's sources as batches; the lead process tokenises it where that has not been done.
+
+    `moved`: called, on any thread, whenever more of it is on disk, in the lead and in those that wait for it.
+    """
     return open_dataset(
         source,
         seq_len=config.seq_len,
@@ -26,16 +32,17 @@ def open_data(config: RunConfig, source: Source, lead: bool, shuffle: bool = Tru
         cache_dir=default_cache(config.runs_dir),
         shuffle=shuffle,
         prepare=lead,
+        moved=moved,
     )
 
 
 class Evaluator:
     """Calling it with parameters gives the metrics; every process of the mesh must call it."""
 
-    def __init__(self, blueprint: Blueprint, lead: bool):
+    def __init__(self, blueprint: Blueprint, lead: bool, moved: Callable[[], None]):
         config = blueprint.config
         self._blueprint, self._step = blueprint, eval_step(blueprint)
-        self.data = open_data(config, config.eval.data, lead, shuffle=False)
+        self.data = open_data(config, config.eval.data, lead, shuffle=False, moved=moved)
         self._num_batches = min(self.data.num_steps, config.eval.max_batches or self.data.num_steps)
         known = self.data.token_bytes
         self.last: dict[str, float] | None = None  # what it gave when it was called last

@@ -134,7 +134,7 @@ def _run(
     accept_changes: bool,
     pulse: pulses.Pulse,
 ) -> Exit:
-    pulse.beat("restore", 0)
+    pulse.beat("prepare", 0)
     if runs_pipeline(config, mesh.shape):
         runtime.compile_anew_on_cpu()
     opened = _open(config, mesh, process, stack, pulse)
@@ -174,8 +174,12 @@ def _open(
     record, verified = quarantine.read(config.run_dir), Verified(config.run_dir, every, process.lead)
     on_disk = {quarantine.FILE: quarantine.digest(record), "verified.json": str(verified.limit())}
     runtime.compare_fingerprints(on_disk, deadline_s=300)
-    data = open_data(config, config.data, process.lead)
-    evaluator = Evaluator(blueprint, process.lead) if config.eval else None
+    if not process.lead:
+        pulse.beat("restore", 0)  # ahead of the lead, for it only waits: where nothing moves it is not to blame
+    data = open_data(config, config.data, process.lead, moved=pulse.renew)
+    evaluator = Evaluator(blueprint, process.lead, pulse.renew) if config.eval else None
+    if process.lead:
+        pulse.beat("restore", 0)
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint, regroup.change)
     stack.push(lambda kind, error, trace: _close(checkpoints, error))
     stack.callback(verified.settle)

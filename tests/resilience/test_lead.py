@@ -106,7 +106,7 @@ def test_a_run_folder_that_another_process_writes_is_waited_for_and_nobody_is_to
     assert lead.returncode == 0 and row["culprits"] == [] and row["what"] == "run folder held"
 
 
-@pytest.mark.parametrize(("phase", "pauses"), [("start", True), ("save", True), ("end", True), ("step", False)])
+@pytest.mark.parametrize(("phase", "pauses"), [("start", True), ("prepare", True), ("save", True), ("end", True), ("step", False)])
 def test_attempts_that_fail_where_a_disk_may_be_full_are_not_used_up_at_once(tmp_path, monkeypatch, phase, pauses):
     said, host = [], Still()
     host.poll_s = 0.01
