@@ -38,7 +38,7 @@ class EvalConfig:
     max_batches: int | None = None
 
     def __post_init__(self) -> None:
-        ranges.check("eval", self, every=ranges.FROM_ZERO, max_batches=ranges.FROM_ONE)
+        ranges.check("eval", self, every=ranges.whole(0), max_batches=ranges.whole(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +128,8 @@ def _from_file(path: Path) -> RunConfig:
 
 def check(config: RunConfig) -> RunConfig:
     """The config itself, if its fields agree with each other; a device count is not needed. Raises ConfigError."""
-    from_one = dict.fromkeys(("steps", "batch", "seq_len", "accumulate", "log_every"), ranges.FROM_ONE)
-    ranges.check("", config, **from_one, z_loss=ranges.FROM_ZERO, seed=ranges.FROM_ZERO)
+    from_one = dict.fromkeys(("steps", "batch", "seq_len", "accumulate", "log_every"), ranges.whole(1))
+    ranges.check("", config, **from_one, z_loss=ranges.FROM_ZERO, seed=ranges.SEED)
     for source in (config.data, *([config.eval.data] if config.eval else [])):
         check_vocab(source, config.model.vocab_size)
     if not config.name or "/" in config.name or config.name.startswith("."):

@@ -13,16 +13,26 @@ from jaxtrain.errors import ConfigError
 
 @dataclass(frozen=True)
 class Range:
-    """From `least` to `most`; `text` says so after "is"."""
+    """From `least` to `most`; `text` says so after "is". `whole`: a float is not in it, even without a fraction."""
 
     text: str
     least: float
     most: float = math.inf
     open: tuple[float, ...] = ()  # ends that are not in it
+    whole: bool = False
+
+    def takes(self, value: Any) -> bool:
+        """Whether it is of the range's kind, be it in it or not. True and False are no numbers."""
+        return isinstance(value, int if self.whole else int | float) and not isinstance(value, bool)
 
     def holds(self, value: Any) -> bool:
-        number = isinstance(value, int | float) and math.isfinite(value)
+        number = self.takes(value) and abs(value) < math.inf  # math.isfinite cannot take an int above 1e308
         return number and self.least <= value <= self.most and value not in self.open
+
+
+def whole(least: int) -> Range:
+    """Whole numbers from `least` on."""
+    return Range(f"a whole number, at least {least}", least, whole=True)
 
 
 POSITIVE = Range("a positive number", 0.0, open=(0.0,))
@@ -30,6 +40,8 @@ FROM_ZERO = Range("zero or a positive number", 0.0)
 FROM_ONE = Range("at least 1", 1.0)
 PART = Range("from 0 to 1", 0.0, 1.0)
 BELOW_ONE = Range("at least 0 and less than 1", 0.0, 1.0, open=(1.0,))  # what a moving average keeps
+# jax.random.key drops the upper bits: 2**32 would start from the parameters of 0. The data's order would take 64 bits.
+SEED = Range("a whole number from 0 to 4294967295, the 32 bits that jax.random.key keeps", 0, 2**32 - 1, whole=True)
 
 
 def check(owner: str, config: Any, /, **fields: Range) -> None:
@@ -39,8 +51,13 @@ def check(owner: str, config: Any, /, **fields: Range) -> None:
     """
     for name, allowed in fields.items():
         value, path = getattr(config, name), f"{owner}.{name}".removeprefix(".")
-        if value is not None and not allowed.holds(value):
-            raise ConfigError(f"{path} = {value!r} is out of range.", rule=f"{path} is {allowed.text}")
+        if value is None or allowed.holds(value):
+            continue
+        rule = f"{path} is {allowed.text}"
+        if allowed.takes(value):
+            raise ConfigError(f"{path} = {value!r} is out of range.", rule=rule)
+        fix = f"{path} = {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+        raise ConfigError(f"{path} = {value!r} is of another kind.", got=type(value).__name__, rule=rule, fix=fix)
 
 
 def check_patterns(path: str, patterns: Iterable[str]) -> None:

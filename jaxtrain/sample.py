@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtrain import ranges
 from jaxtrain.command import parse
 from jaxtrain.errors import ConfigError
 
@@ -22,9 +23,10 @@ def main(argv: list[str]) -> int:
     """jaxtrain sample CONFIG [--prompt TEXT ...] [--tokens N] [--temperature T] [overrides of the config]"""
     call = parse("jaxtrain sample", Options, argv, doc=main.__doc__)
     config, options = call.load(), call.options
-    if not options.prompt or options.tokens < 1 or options.temperature < 0:
-        got = f"{options.prompt}, {options.tokens}, {options.temperature}"
-        raise ConfigError("--prompt has a text, --tokens is at least 1 and --temperature at least 0.", got=got)
+    if not options.prompt:
+        raise ConfigError("--prompt has no text.", fix="leave it out, or --prompt TEXT")
+    numbers = dict(tokens=ranges.whole(1), temperature=ranges.FROM_ZERO, sample_seed=ranges.SEED)
+    ranges.check("", options, **numbers)
 
     import meshes
     from jaxtrain import checkpoint, runtime

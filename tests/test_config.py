@@ -1,11 +1,15 @@
 """Overrides are typed, named and explained; a bad config is an error in the user's words."""
 
 import dataclasses
+import textwrap
 
+import jax
+import numpy as np
 import pytest
 
-from jaxtrain import overrides
+from jaxtrain import overrides, ranges
 from jaxtrain.config import check, differences, encode, load
+from jaxtrain.data.order import Shuffled
 from jaxtrain.data.source import Synthetic, Text
 from jaxtrain.errors import ConfigError, LayoutError, UserError
 from jaxtrain.layout import check_layout
@@ -186,6 +190,74 @@ def test_a_number_that_no_run_can_mean_is_refused(argv):
     flag = argv[-2].removeprefix("--").replace("-", "_")
     with pytest.raises(ConfigError, match=f"(?s){flag} = .* is out of range.*rule  {flag} is "):
         check(_apply(*argv))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("steps", 1e5),
+        ("steps", True),
+        ("batch", 8.0),
+        ("seq_len", 32.5),
+        ("accumulate", 1.0),
+        ("log_every", 10.0),
+        ("seed", 0.0),
+        ("z_loss", True),
+        ("eval.every", 5.0),
+        ("eval.max_batches", 2.5),
+        ("checkpoint.every", 1e3),
+        ("checkpoint.keep_last", 3.0),
+        ("checkpoint.keep_every", 0.0),
+        ("checkpoint.patience", 1.5),
+        ("snapshot.every", 20.0),
+        ("health.hash_every", 0.5),
+        ("optim.schedule.warmup", 1e2),
+        ("data.document", 2.5),
+    ],
+)
+def test_a_number_of_another_kind_is_refused_where_it_is_written(tmp_path, path, value):
+    text = f"""
+        import dataclasses
+        from tests.tiny import TINY
+        def put(owner, name, *rest):
+            return dataclasses.replace(owner, **{{name: put(getattr(owner, name), *rest) if rest else {value!r}}})
+        config = put(TINY, *{path.split(".")!r})
+    """
+    (tmp_path / "wrong.py").write_text(textwrap.dedent(text))
+    name = "Synthetic.document" if path == "data.document" else path
+    with pytest.raises(ConfigError, match=f"(?s)^{name} = {value!r} is of another kind.*got .*rule  {name} is ") as error:
+        load(tmp_path / "wrong.py")
+    assert error.value.fix == (f"{path} = {int(value)}" if isinstance(value, float) and value.is_integer() else "")
+
+
+def test_whole_numbers_of_policies_and_endings_are_no_floats():
+    for make in (
+        lambda: DiLoCo(every=10.0),
+        lambda: DiLoCo(fragments=1.0),
+        lambda: RollBackSpikes(window=128.0),
+        lambda: RollBackSpikes(limit=True),
+        lambda: Baselines(max_bytes=1e6),
+        lambda: Sample(prompts=("a",), tokens=12.0),
+    ):
+        with pytest.raises(ConfigError, match="is of another kind"):
+            make()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999999])
+def test_a_seed_that_jax_would_cut_or_not_take_is_refused(seed):
+    for flag in ("--seed", "--data.seed"):
+        with pytest.raises(ConfigError, match="(?s)seed = .* is out of range.*rule .* from 0 to 4294967295, the 32 bits"):
+            check(_apply(flag, str(seed)))
+
+
+def test_the_largest_seed_is_one_of_its_own_to_jax_and_the_next_is_not():
+    drawn = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (0, ranges.SEED.most, ranges.SEED.most + 1)]
+    assert drawn[0] != drawn[1] and drawn[0] == drawn[2]
+    assert Shuffled([1000], [1.0], ranges.SEED.most).locate(np.arange(9))[1].max() < 1000
+
+
+def test_an_int_above_all_floats_is_only_large():
+    assert ranges.whole(1).holds(10**400) and not ranges.whole(1).holds(-(10**400))
 
 
 def test_no_number_where_none_is_asked_for_is_in_range():

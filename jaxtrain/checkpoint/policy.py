@@ -24,8 +24,8 @@ class CheckpointConfig:
     patience: int = 3  # saves in a row
 
     def __post_init__(self) -> None:
-        from_one = dict.fromkeys(("every", "keep_last", "deadline_seconds", "patience"), ranges.FROM_ONE)
-        ranges.check("checkpoint", self, **from_one, keep_every=ranges.FROM_ZERO)
+        from_one = dict.fromkeys(("every", "keep_last", "patience"), ranges.whole(1))
+        ranges.check("checkpoint", self, **from_one, keep_every=ranges.whole(0), deadline_seconds=ranges.FROM_ONE)
 
 
 def expired(steps: Collection[int], config: CheckpointConfig) -> list[int]:

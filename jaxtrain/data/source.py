@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import ClassVar, Literal
 
+from jaxtrain import ranges
 from jaxtrain.errors import ConfigError, closest
 
 Split = Literal["train", "heldout"]
@@ -121,8 +122,8 @@ class Synthetic:
     def __post_init__(self) -> None:
         if self.kind not in (kinds := ("uniform", "walk", "copy")):
             raise ConfigError(f"Synthetic.kind = {self.kind!r} is unknown.", fix=closest(str(self.kind), kinds))
-        if self.vocab_size < 2 or self.document < 2 or self.num_documents < 1:
-            raise ConfigError(f"{self} is empty.", rule="vocab_size and document at least 2, num_documents at least 1")
+        from_two = dict.fromkeys(("vocab_size", "document"), ranges.whole(2))
+        ranges.check("Synthetic", self, **from_two, num_documents=ranges.whole(1), seed=ranges.SEED)
 
 
 Plain = Text | Jsonl | Parquet | Megatron | Synthetic

@@ -49,7 +49,7 @@ class Sample:
     temperature: float = 0.7
 
     def __post_init__(self) -> None:
-        ranges.check("Sample", self, tokens=ranges.FROM_ONE, temperature=ranges.FROM_ZERO)
+        ranges.check("Sample", self, tokens=ranges.whole(1), temperature=ranges.FROM_ZERO)
 
     def lines(self, run: Finished) -> list[str]:
         from jaxtrain.generate import generate

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from jaxtrain.errors import ConfigError
+from jaxtrain import ranges
 
 WATCHED = ("train/loss", "train/grad_norm")
 
@@ -33,7 +33,7 @@ class Skip:
     limit: int = 10
 
     def __post_init__(self) -> None:
-        _at_least("Skip", self, limit=1)
+        ranges.check("Skip", self, limit=ranges.whole(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class RollBack:
     limit: int = 5
 
     def __post_init__(self) -> None:
-        _at_least("RollBack", self, margin=0, limit=1)
+        ranges.check("RollBack", self, margin=ranges.whole(0), limit=ranges.whole(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ class RollBackSpikes(RollBack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("RollBackSpikes", self, window=8, deviations=1, least=0, lasting=1, warmup=0)
+        counts = dict(window=ranges.whole(8), lasting=ranges.whole(1), warmup=ranges.whole(0))
+        ranges.check("RollBackSpikes", self, **counts, deviations=ranges.FROM_ONE, least=ranges.FROM_ZERO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class Health:
     hash_every: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("health", self, hash_every=0)
+        ranges.check("health", self, hash_every=ranges.whole(0))
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,3 @@ def spike_limit(losses: Sequence[float], policy: RollBackSpikes) -> float:
     middle = median(losses)
     spread = median(abs(loss - middle) for loss in losses)
     return middle + max(policy.deviations * spread, policy.least)
-
-
-def _at_least(owner: str, value: Any, **least: float) -> None:
-    for name, bound in least.items():
-        if not getattr(value, name) >= bound:
-            raise ConfigError(f"{owner}.{name} = {getattr(value, name)} is too small.", rule=f"at least {bound}")

@@ -28,8 +28,9 @@ class SnapshotConfig:
     deadline_seconds: float = 60.0  # for one snapshot to be written, copied to the buddy and agreed on
 
     def __post_init__(self) -> None:
-        from_zero = dict.fromkeys(("every", "memory_gb"), ranges.FROM_ZERO)
-        ranges.check("snapshot", self, **from_zero, deadline_seconds=ranges.FROM_ONE)
+        ranges.check(
+            "snapshot", self, every=ranges.whole(0), memory_gb=ranges.FROM_ZERO, deadline_seconds=ranges.FROM_ONE
+        )
 
 
 @dataclass(frozen=True)

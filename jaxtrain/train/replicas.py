@@ -36,6 +36,7 @@ class DiLoCo:
     sent: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
+        ranges.check("replicas", self, every=ranges.whole(1), fragments=ranges.whole(1))
         if not 1 <= self.fragments <= self.every:
             raise ConfigError(
                 f"replicas.fragments = {self.fragments} cannot take turns within replicas.every = {self.every} steps.",

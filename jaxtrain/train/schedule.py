@@ -16,7 +16,7 @@ class Cosine:
     final: float = 0.1
 
     def __post_init__(self) -> None:
-        ranges.check("optim.schedule", self, warmup=ranges.FROM_ZERO, final=ranges.PART)
+        ranges.check("optim.schedule", self, warmup=ranges.whole(0), final=ranges.PART)
 
     def factor(self, step: Any, steps: int) -> Any:
         import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Linear:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        ranges.check("optim.schedule", self, warmup=ranges.FROM_ZERO, final=ranges.PART)
+        ranges.check("optim.schedule", self, warmup=ranges.whole(0), final=ranges.PART)
 
     def factor(self, step: Any, steps: int) -> Any:
         return _warmed(step, self.warmup, 1 - (1 - self.final) * _progress(step, self.warmup, steps))
@@ -48,7 +48,7 @@ class WSD:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        ranges.check("optim.schedule", self, warmup=ranges.FROM_ZERO, decay=ranges.PART, final=ranges.PART)
+        ranges.check("optim.schedule", self, warmup=ranges.whole(0), decay=ranges.PART, final=ranges.PART)
 
     def factor(self, step: Any, steps: int) -> Any:
         start = steps - max(1, round(self.decay * steps))
