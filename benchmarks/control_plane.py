@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.descriptors import more_descriptors
 from jaxtrain.resilience import pulse, verdict, wire
 from jaxtrain.resilience.channel import HERE, Hub, Line
 from jaxtrain.resilience.connection import Connection, Limits, Loop, Refusals
@@ -38,7 +39,6 @@ from jaxtrain.resilience.crew import LOOKED_AT_A_SECOND
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.host import Plan
 from jaxtrain.resilience.leash import clock
-from jaxtrain.resilience.listening import more_descriptors
 from jaxtrain.resilience.node import Node
 from jaxtrain.resilience.remotes import Remotes
 from jaxtrain.resilience.report import packed

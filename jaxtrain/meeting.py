@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import socket
 import time
 
 from jaxtrain.cluster import Member, few
+from jaxtrain.descriptors import more_descriptors
 from jaxtrain.errors import RunError
 
 _VERDICT_S = 15.0  # how much longer than the deadline a process waits to hear from process 0 who is missing
@@ -28,6 +30,7 @@ def meet(me: Member, host: str, deadline_s: float) -> None:
 
 
 def _welcome(me: Member, host: str, end: float) -> None:
+    more_descriptors()
     lobby = _Lobby(me, host)
     with _listen(me) as server:
         problem = lobby.fill(server, end)
@@ -64,7 +67,10 @@ class _Lobby:
     def fill(self, server: socket.socket, end: float) -> dict[str, str] | None:
         """Until all are here: None, or what is wrong, as the arguments of a RunError."""
         while not self._complete():
-            line = _accept(server, end)
+            try:
+                line = _accept(server, end)
+            except OSError as error:
+                return _full(self.me.count, len(self.hosts), error)
             if line is None:
                 return _missing(self.me.count, self.hosts)
             problem = self._admit(line)
@@ -174,6 +180,16 @@ def _missing(count: int, hosts: dict[int, str]) -> dict[str, str]:
         got="arrived: " + few([f"{index} ({name})" for index, name in sorted(hosts.items())]),
         rule="all processes arrive at process 0 before the deadline",
         fix="look at the output and the hosts of those that are missing",
+    )
+
+
+def _full(count: int, arrived: int, error: OSError) -> dict[str, str]:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return dict(
+        what=f"Process 0 cannot accept all {count} processes: {error.strerror}.",
+        got=f"{arrived} arrived; process 0 may have {limit} files and sockets open",
+        rule="process 0 holds one connection to each process until all have arrived",
+        fix=f"on the host of process 0 ulimit -Hn {2 * count}, or LimitNOFILE={2 * count} in the unit that starts it",
     )
 
 

@@ -1,7 +1,11 @@
 """Processes that meet: threads stand in for them here, each with a socket of its own."""
 
+import contextlib
 import json
 import socket
+import subprocess
+import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,6 +101,40 @@ def test_a_process_that_was_restarted_while_others_wait_takes_its_place_again(co
         _say(host, int(port), json.dumps([1, 3, "b"]).encode() + b"\n").close()
         others = [pool.submit(meet, Member(coordinator=coordinator, count=3, index=i), "b", LATER) for i in (1, 2)]
         assert [future.result(LATER) for future in (lead, *others)] == [None, None, None]
+
+
+FEW, MANY = 32, 60  # files that process 0 may have open, and processes
+
+ALONE = """
+    import resource, sys
+    from jaxtrain.cluster import Member
+    from jaxtrain.errors import RunError
+    from jaxtrain.meeting import meet
+    coordinator, count, soft, hard = sys.argv[1], *map(int, sys.argv[2:])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        meet(Member(coordinator=coordinator, count=count, index=0), "lead", 60.0)
+        print("met")
+    except RunError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(("hard", "said"), [(4 * MANY, "met"), (FEW, "Process 0 cannot accept all 60 processes: Too many open")])
+def test_more_processes_than_files_may_be_open_meet_or_hear_why_they_cannot(coordinator, hard, said):
+    host, _, port = coordinator.rpartition(":")
+    command = [sys.executable, "-c", textwrap.dedent(ALONE), coordinator, *map(str, (MANY, FEW, hard))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as lead, contextlib.ExitStack() as lines:
+        hellos = [json.dumps([index, MANY, "b"]).encode() + b"\n" for index in range(1, MANY)]
+        first = lines.enter_context(_say(host, int(port), hellos[0]))
+        with contextlib.suppress(ConnectionError):  # the lead has given up
+            for hello in hellos[1:]:
+                line = lines.enter_context(socket.create_connection((host, int(port)), timeout=LATER))
+                line.sendall(hello)
+        output = lead.communicate(timeout=LATER)[0]
+        assert output.startswith(said) and ("LimitNOFILE=120" in output) == (hard == FEW)
+        heard = json.loads(first.makefile().readline())
+        assert heard is None if hard > FEW else heard["what"] in output
 
 
 def _say(host, port, data):

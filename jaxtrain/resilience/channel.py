@@ -20,10 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtrain.descriptors import more_descriptors
 from jaxtrain.resilience import wire
 from jaxtrain.resilience.connection import GONE, HERE, SILENT, Connection, Limits, state_after
 from jaxtrain.resilience.end import End
-from jaxtrain.resilience.listening import listen, more_descriptors, split
+from jaxtrain.resilience.listening import listen, split
 from jaxtrain.resilience.say import as_channel
 from jaxtrain.resilience.wire import Message, Payload, Refused
 

@@ -1,13 +1,11 @@
-"""Where the supervisors of a job meet: addresses, the socket that listens, and room for all of them. Accepts nobody."""
+"""Where the supervisors of a job meet: addresses, and the socket that listens. Accepts nobody."""
 
 from __future__ import annotations
 
-import resource
 import socket
 
+from jaxtrain.descriptors import DESCRIPTORS
 from jaxtrain.errors import RunError
-
-DESCRIPTORS = 16384  # and as many that wait to be accepted
 
 
 def split(address: str) -> tuple[str, int]:
@@ -38,11 +36,3 @@ def listen(address: str) -> socket.socket:
         ) from error
     server.setblocking(False)
     return server
-
-
-def more_descriptors() -> None:
-    """Raises the soft limit: the usual 1,024 are too few for one connection per supervisor of a large job."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
