@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtrain import coordination
+from jaxtrain.background import Deadline
 from jaxtrain.cluster import Member, few, member
 from jaxtrain.errors import ConfigError, RunError
 from jaxtrain.meeting import meet
@@ -330,11 +331,15 @@ def _join(me: Member, deadline_s: float) -> None:
 
 def _verdict(key: str, deadline_s: float) -> dict[str, str] | None:
     """None, or what the processes disagree on, as the arguments of a RunError."""
-    answers = [coordination.get(f"{key}/{index}", deadline_s) for index in range(_process.count)]
-    absent = [index for index, answer in enumerate(answers) if answer is None]
+    deadline = Deadline(deadline_s)  # one for all: the others wait that long for this verdict
+    for index in range(_process.count):
+        if coordination.get(f"{key}/{index}", deadline.left()) is None:
+            break
+    answers = coordination.under(key, _HEARD_S)
+    absent = [index for index in range(_process.count) if str(index) not in answers]
     if absent:
         return dict(what=f"Processes {few(absent)} showed no fingerprint.", got=f"{deadline_s:.0f} s waited")
-    hosts, shown = zip(*map(json.loads, answers))
+    hosts, shown = zip(*(json.loads(answers[str(index)]) for index in range(_process.count)))
     names = dict.fromkeys(name for fields in shown for name in fields)
     differing = [name for name in names if len({fields.get(name) for fields in shown}) > 1]
     if not differing:

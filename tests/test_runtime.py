@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -103,6 +104,22 @@ def test_one_process_has_no_place_and_agrees_with_itself():
     assert runtime.place() == ""
     runtime.barrier("start", deadline_s=0)
     runtime.compare_fingerprints({"a": "1"}, deadline_s=0)
+
+
+def test_the_deadline_of_fingerprints_is_one_for_all_and_not_one_for_each_that_is_missing(monkeypatch):
+    shown = {"0": json.dumps(["a", {}]), "2": json.dumps(["c", {}])}
+
+    def get(key, deadline_s):
+        if (index := key.rpartition("/")[2]) not in shown:
+            time.sleep(deadline_s)
+        return shown.get(index)
+
+    monkeypatch.setattr(runtime.coordination, "get", get)
+    monkeypatch.setattr(runtime.coordination, "under", lambda key, deadline_s: shown)
+    monkeypatch.setattr(runtime, "_process", runtime.Process(count=6))
+    begin = time.monotonic()
+    assert runtime._verdict("key", 1.0)["what"] == "Processes 1, 3, 4, 5 showed no fingerprint."
+    assert time.monotonic() - begin < 2.0
 
 
 def test_the_code_fingerprint_follows_the_sources(tmp_path, monkeypatch):
