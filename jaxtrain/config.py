@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import runpy
-import sys
-import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +11,8 @@ from typing import Any, Generic, TypeVar
 from jaxtrain import ranges
 from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.data.source import Source, check_disjoint, check_tokenizers, check_vocab
-from jaxtrain.errors import ConfigError, UserError
+from jaxtrain.errors import ConfigError
+from jaxtrain.loading import execute, full_name
 from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
 from jaxtrain.resilience.deadlines import Deadlines
@@ -103,27 +101,14 @@ def _from_file(path: Path) -> RunConfig:
         if (path / "config.json").is_file():
             fix = f"this is a run's folder: the file that the run was started with, --name {path.name} --runs-dir {path.parent}"
         raise ConfigError(f"no config at {path}.", rule="CONFIG is a Python file", fix=fix)
-    sys.path.insert(0, str(path.parent.resolve()))  # so that a config may build on its neighbour
-    try:
-        names = runpy.run_path(str(path), run_name=path.stem)
-    except UserError:
-        raise
-    except Exception as error:  # it is the user's code
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        raise ConfigError(
-            f"{path} does not load.",
-            got=f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}",
-            rule="a config is a Python file that runs",
-        ) from error
-    finally:
-        sys.path.pop(0)
-    if not isinstance(names.get("config"), RunConfig):
+    config = getattr(execute(path), "config", None)
+    if not isinstance(config, RunConfig):
         raise ConfigError(
             f"{path} defines no config.",
-            got=f"config = {names.get('config')!r}",
+            got=f"config = {config!r}",
             rule="the file binds the name `config` to a RunConfig",
         )
-    return names["config"]
+    return config
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -154,7 +139,7 @@ def encode(value: Any) -> Any:
     """Plain JSON of a config; dataclasses carry their type, so that AdamW and Lion differ even with equal fields."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+        return {"type": full_name(type(value)), **fields}
     if isinstance(value, dict) or hasattr(value, "items"):
         return {str(k): encode(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jaxtrain.command import parse
 from jaxtrain.config import RunConfig, load
+from jaxtrain.loading import full_name
 from jaxtrain.overrides import leaves, sources
 from jaxtrain.xla import check
 from meshes import PRESETS, Rules
@@ -53,5 +54,5 @@ def _text(path: str, value: object) -> str:
     if isinstance(value, Rules):
         return next(name for name, preset in PRESETS.items() if preset == value)
     if isinstance(value, type):
-        return f"{value.__module__}.{value.__name__}" if path == "model" else value.__name__
+        return full_name(value) if path == "model" else value.__name__
     return value if isinstance(value, str) else repr(value)

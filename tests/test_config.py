@@ -1,6 +1,8 @@
 """Overrides are typed, named and explained; a bad config is an error in the user's words."""
 
 import dataclasses
+import json
+import sys
 import textwrap
 
 import jax
@@ -397,6 +399,38 @@ def test_a_config_file_that_does_not_load_says_why(tmp_path, text, words):
     (tmp_path / "broken.py").write_text(text)
     with pytest.raises(ConfigError, match=words):
         load(tmp_path / "broken.py")
+
+
+OWN = """
+    from __future__ import annotations
+    import dataclasses
+    from dataclasses import dataclass
+    from typing import Literal
+    from tests.tiny import TINY
+
+    @dataclass(frozen=True, kw_only=True)
+    class Own:
+        vocab_size: int = 64
+        kind: Literal["wide", "deep"] = "wide"
+
+    config = dataclasses.replace(TINY, model=Own())
+"""
+
+
+def test_a_config_may_have_a_class_of_its_own_with_postponed_annotations(tmp_path):
+    (tmp_path / "json.py").write_text(textwrap.dedent(OWN))
+    config = load(tmp_path / "json.py", ["--model.kind", "deep"])
+    assert encode(config)["model"] == {"type": "json.Own", "vocab_size": 64, "kind": "deep"}
+    assert sys.modules["json"] is json
+
+
+def test_two_config_files_of_one_name_keep_what_their_annotations_mean(tmp_path):
+    for folder, text in (("a", OWN), ("b", OWN.replace('"wide", "deep"', '"wide", "long"'))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text(textwrap.dedent(text))
+    first, second = load(tmp_path / "a" / "own.py"), load(tmp_path / "b" / "own.py")
+    assert overrides.apply(first, ["--model.kind", "deep"]).model.kind == "deep"
+    assert overrides.apply(second, ["--model.kind", "long"]).model.kind == "long"
 
 
 def test_a_missing_config_names_its_neighbours(tmp_path):
