@@ -27,14 +27,29 @@ def execute(path: Path) -> ModuleType:
         raise
     except Exception as error:  # it is the user's code
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        parent, file = _parent(error)
+        beside = file and path.parent.resolve() in file.parents
         raise ConfigError(
             f"{path} does not load.",
-            got=f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}",
+            got=f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}{f'; {parent} is {file}' if file else ''}",
             rule="a config is a Python file that runs",
+            fix=f"where another {parent} is meant, rename {_whole(file)}" if beside else "",
         ) from error
     finally:
         sys.path.pop(0)
     return module
+
+
+def _parent(error: Exception) -> tuple[str, Path | None]:
+    """Of a module that is not found in a package, that package and its file: it may hide another of its name."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    parent = (name or "").rpartition(".")[0]
+    file = getattr(sys.modules.get(parent), "__file__", None)
+    return parent, Path(file) if file else None
+
+
+def _whole(file: Path) -> Path:
+    return file.parent if file.stem == "__init__" else file
 
 
 def full_name(kind: type) -> str:

@@ -433,6 +433,20 @@ def test_two_config_files_of_one_name_keep_what_their_annotations_mean(tmp_path)
     assert overrides.apply(second, ["--model.kind", "long"]).model.kind == "long"
 
 
+@pytest.mark.parametrize(("file", "renamed"), [("zebra/__init__.py", "zebra"), ("zebra.py", "zebra.py")])
+def test_a_package_beside_the_config_that_hides_another_is_named(tmp_path, monkeypatch, file, renamed):
+    monkeypatch.setitem(sys.modules, "zebra", None)  # so that it is put back afterwards
+    del sys.modules["zebra"]
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    (tmp_path / "my.py").write_text("import math\nfrom zebra.llama import Config\n")
+    with pytest.raises(ConfigError, match="my.py does not load") as error:
+        load(tmp_path / "my.py")
+    assert error.value.got.startswith("line 2: ModuleNotFoundError: No module named 'zebra.llama'")
+    assert error.value.got.endswith(f"; zebra is {tmp_path / file}")
+    assert error.value.fix == f"where another zebra is meant, rename {tmp_path / renamed}"
+
+
 def test_a_missing_config_names_its_neighbours(tmp_path):
     (tmp_path / "quickstart.py").write_text("")
     with pytest.raises(ConfigError, match="quickstart.py"):
