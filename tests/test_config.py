@@ -15,6 +15,7 @@ from jaxtrain.data.order import Shuffled
 from jaxtrain.data.source import Synthetic, Text
 from jaxtrain.errors import ConfigError, LayoutError, UserError
 from jaxtrain.layout import check_layout
+from jaxtrain.loading import own_code
 from jaxtrain.observe.ending import Sample
 from jaxtrain.resilience.health import RollBackSpikes
 from jaxtrain.train.optim import AdamW, Lion
@@ -445,6 +446,36 @@ def test_a_package_beside_the_config_that_hides_another_is_named(tmp_path, monke
     assert error.value.got.startswith("line 2: ModuleNotFoundError: No module named 'zebra.llama'")
     assert error.value.got.endswith(f"; zebra is {tmp_path / file}")
     assert error.value.fix == f"where another zebra is meant, rename {tmp_path / renamed}"
+
+
+def loaded(folder, monkeypatch, config="import my_net", **modules):
+    """What `own_code` has of a config and modules beside it, each by its text."""
+    monkeypatch.setattr("jaxtrain.loading._own_code", {})
+    folder.mkdir()
+    (folder / "my.py").write_text(f"{config}\nfrom tests.tiny import TINY as config\n")
+    for name, text in modules.items():
+        monkeypatch.setitem(sys.modules, name, None)  # so that it is put back afterwards
+        del sys.modules[name]
+        (folder / f"{name}.py").write_text(text)
+    load(folder / "my.py")
+    return {name: digest for name, digest in own_code().items() if not name.startswith("module tests")}
+
+
+def test_the_code_of_a_config_is_its_file_and_what_it_imports_that_nobody_installed(tmp_path, monkeypatch):
+    modules = dict(my_net="import json.tool, rich.segment, models.mla\nimport my_layers", my_layers="a = 1", my_idle="")
+    code = loaded(tmp_path / "a", monkeypatch, **modules)
+    assert sorted(code) == ["file my.py", "module my_layers", "module my_net"]
+    assert loaded(tmp_path / "b", monkeypatch, **modules) == code
+    other = loaded(tmp_path / "c", monkeypatch, **modules | {"my_layers": "a = 2"})
+    assert [name for name in code if other[name] != code[name]] == ["module my_layers"]
+    other = loaded(tmp_path / "d", monkeypatch, config="import my_net  # again", **modules)
+    assert [name for name in code if other[name] != code[name]] == ["file my.py"]
+
+
+def test_a_config_that_is_loaded_twice_keeps_the_code_that_only_the_first_time_imported(tmp_path, monkeypatch):
+    first = loaded(tmp_path / "a", monkeypatch, my_net="b = 1")
+    load(tmp_path / "a" / "my.py")
+    assert own_code().items() >= first.items() and "module my_net" in first
 
 
 def test_a_missing_config_names_its_neighbours(tmp_path):

@@ -280,3 +280,18 @@ jax.jit(lambda x: x * 3)(np.ones(3)); print(before, count())
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
     before, after = done.stdout.split()
     assert before == after != "0"
+
+
+def test_a_run_compares_the_code_of_its_config_before_the_first_step(monkeypatch):
+    from jaxtrain.train.run import train
+    from tests.tiny import TINY
+
+    def compare(fields, deadline_s):
+        raise RunError(json.dumps(fields))
+
+    monkeypatch.setattr(runtime, "compare_fingerprints", compare)
+    monkeypatch.setattr("jaxtrain.loading._own_code", {"module my_net": "0123"})
+    with pytest.raises(RunError) as error:
+        train(TINY, runtime.Process(), notice=None)
+    fields = json.loads(error.value.what)
+    assert fields["module my_net"] == "0123" and fields["code"] == runtime.code_fingerprint() and fields["steps"] == "10"

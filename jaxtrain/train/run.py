@@ -24,6 +24,7 @@ from jaxtrain.data import Dataset, Loader, quarantine
 from jaxtrain.errors import CheckpointError, CorruptionError, RunError
 from jaxtrain.exits import Exit
 from jaxtrain.layout import check_layout, runs_pipeline
+from jaxtrain.loading import own_code
 from jaxtrain.observe.folder import RunFolder
 from jaxtrain.observe.log import process_log
 from jaxtrain.observe.plot import plot_loss
@@ -66,7 +67,7 @@ def train(config: RunConfig, process: runtime.Process, notice: Notice, *, accept
     mesh = meshes.make(config.mesh, runtime.devices())
     pulse.about(_coordinates(mesh))
     fingerprint = {k: str(v) for k, v in flatten(encode(config)).items()} | {"code": runtime.code_fingerprint()}
-    runtime.compare_fingerprints(fingerprint, deadline_s=300)
+    runtime.compare_fingerprints(fingerprint | own_code(), deadline_s=300)
     with ExitStack() as stack:
         if process.lead:
             folder = RunFolder(config, runtime.environment(), accept_changes)
