@@ -133,7 +133,15 @@ def _text(value: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return shlex.split(text)
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"XLA_FLAGS cannot be read: {str(error)[:1].lower()}{str(error)[1:]}.",
+            got=text,
+            rule="quotes in it come in pairs",
+            fix="close the quote, or leave it out",
+        ) from error
 
 
 def _name(word: str) -> str:

@@ -63,6 +63,12 @@ def test_a_file_of_flags_that_is_missing_is_an_error():
         flags_after(XLA_FLAGS="nowhere")
 
 
+def test_a_quote_that_is_not_closed_is_an_error_with_a_fix():
+    with pytest.raises(ConfigError, match="XLA_FLAGS cannot be read: no closing quotation") as error:
+        flags_after(XLA_FLAGS="--xla_dump_to='/tmp/x")
+    assert error.value.got == "--xla_dump_to='/tmp/x" and "close the quote" in error.value.fix
+
+
 @pytest.mark.parametrize("where", ["environment", "config"])
 def test_an_unknown_flag_is_refused_with_the_closest_known_one(where):
     wrong = "xla_gpu_enable_latency_hiding_schedular=true"
