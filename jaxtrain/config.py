@@ -113,6 +113,7 @@ def _from_file(path: Path) -> RunConfig:
 
 def check(config: RunConfig) -> RunConfig:
     """The config itself, if its fields agree with each other; a device count is not needed. Raises ConfigError."""
+    _check_plain(config)
     from_one = dict.fromkeys(("steps", "batch", "seq_len", "accumulate", "log_every"), ranges.whole(1))
     ranges.check("", config, **from_one, z_loss=ranges.FROM_ZERO, seed=ranges.SEED)
     for source in (config.data, *([config.eval.data] if config.eval else [])):
@@ -135,8 +136,21 @@ def check(config: RunConfig) -> RunConfig:
     return config
 
 
+def _check_plain(config: RunConfig) -> None:
+    for path, value in flatten(encode(config)).items():
+        if not isinstance(value, str | int | float | None):
+            raise ConfigError(
+                f"{path} = {value!r} cannot be written into the run folder.",
+                got=value.__qualname__ if isinstance(value, type) else type(value).__name__,
+                rule="a config is plain data: text, numbers, True, False, None, paths, and tuples, dicts or dataclasses of them",
+                fix="put a name there, such as 'bfloat16', and look it up where it is used",
+            )
+
+
 def encode(value: Any) -> Any:
     """Plain JSON of a config; dataclasses carry their type, so that AdamW and Lion differ even with equal fields."""
+    if isinstance(value, type):
+        return value  # no plain data, as `check` says
     if dataclasses.is_dataclass(value):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": full_name(type(value)), **fields}

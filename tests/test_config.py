@@ -4,6 +4,8 @@ import dataclasses
 import json
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -265,6 +267,31 @@ def test_an_int_above_all_floats_is_only_large():
 
 def test_no_number_where_none_is_asked_for_is_in_range():
     check(_apply("--optim.clip", "None", "--eval.max-batches", "None", "--snapshot.memory-gb", "None"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Odd:
+    """A model with a field of any kind."""
+
+    vocab_size: int = 64
+    dtype: Any = None
+
+
+@pytest.mark.parametrize(
+    "value", [jax.numpy.bfloat16, np.dtype("float32"), np.int64(3), len, dict, Odd, {1, 2}, np.ones(2), b"a"], ids=str
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_field_that_is_no_plain_data_is_named_before_the_run(value, deep):
+    model = Odd(dtype=({"x": value},) if deep else value)
+    with pytest.raises(ConfigError, match="^model.dtype(.0.x)? = .* cannot be written into the run folder") as error:
+        check(dataclasses.replace(TINY, model=model))
+    assert ("model.dtype.0.x" in str(error.value)) == deep
+
+
+def test_plain_data_of_any_kind_can_be_written():
+    values = ("a", 1, 1.5, np.float64(1.5), float("inf"), True, None, Path("a"), {"b": [1]}, {}, ())
+    config = check(dataclasses.replace(TINY, model=Odd(dtype=values)))
+    assert json.loads(json.dumps(encode(config)))["model"]["dtype"][0] == "a"
 
 
 def test_what_is_no_pattern_or_no_dtype_is_refused():
