@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
     path, pairs = _split(prog, argv)
     own = _names(options, Process)
     mine = [words for words in pairs if _name(words[0]) in own]
+    _check_once(prog, options, mine)
     parsed = [read(prog, kind, _of(mine, kind)) if _of(mine, kind) else kind() for kind in (options, Process)]
     rest = [word for words in pairs if _name(words[0]) not in own for word in words]
     return Call(Path(path), rest, process=parsed[1], options=parsed[0])
@@ -90,6 +92,21 @@ def _split(prog: str, argv: list[str]) -> tuple[str, list[list[str]]]:
         else:
             raise ConfigError(f"{word!r} belongs to no flag.", rule=f"{prog} takes one CONFIG, then flags")
     return argv[0], groups
+
+
+def _check_once(prog: str, options: type, groups: list[list[str]]) -> None:
+    """Raises ConfigError where a flag of several values is repeated: only those of the last would count."""
+    for field in dataclasses.fields(options):
+        given = [words for words in groups if _name(words[0]) == field.name]
+        if isinstance(field.default, tuple) and len(given) > 1:
+            flag = given[0][0].partition("=")[0]
+            words = [word for words in given for word in words]
+            raise ConfigError(
+                f"{flag} is given {len(given)} times.",
+                got=shlex.join(words),
+                rule=f"{prog} takes it once, with all its values",
+                fix=shlex.join([flag, *(word.removeprefix(f"{flag}=") for word in words if word != flag)]),
+            )
 
 
 def _name(flag: str) -> str:

@@ -112,6 +112,14 @@ def test_a_flag_of_the_command_itself_with_a_wrong_value_is_a_message(capsys):
     assert "jaxtrain train --help" in err and "─" not in err
 
 
+@pytest.mark.parametrize("flags", [["--prompt", "a b", "--prompt", "c"], ["--prompt=a b", "--tokens", "3", "--prompt=c"]])
+def test_a_repeated_flag_of_several_values_is_answered_with_the_form_that_keeps_all(flags, capsys):
+    assert main(["sample", "configs/quickstart.py", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ConfigError: --prompt is given 2 times.")
+    assert "fix   --prompt 'a b' c\n" in err
+
+
 def test_show_refuses_an_unknown_xla_flag(capsys):
     assert main(["show", "configs/quickstart.py", "--xla.gpu", "foo"]) == 2
     assert "xla.gpu of the config has 'foo', which this XLA does not know" in capsys.readouterr().err
