@@ -76,7 +76,18 @@ class Wandb:
                 "the sink Wandb needs the package wandb, which is not installed.",
                 fix="pip install 'jaxtrain[wandb]', or drop the sink from the config",
             ) from error
-        return WandbWriter(wandb.init(project=self.project, entity=self.entity, id=run_dir.name, resume="allow", dir=run_dir))
+        where = dict(project=self.project, entity=self.entity, id=run_dir.name, resume="allow", dir=run_dir)
+        try:
+            return WandbWriter(wandb.init(**where))
+        except Exception as error:  # the library's own, and those of what it calls
+            if isinstance(error, OSError) and error.errno:
+                raise  # a disk's, which the recorder waits for
+            raise RunError(
+                "wandb.init failed.",
+                got=f"{type(error).__name__}: {error}",
+                rule="the sink Wandb has a key, and reaches the service",
+                fix="`wandb login`, or WANDB_MODE=offline in the environment, or leave the sink out of the config",
+            ) from error
 
 
 Sink = Console | Jsonl | TensorBoard | Wandb

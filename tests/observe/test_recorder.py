@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxtrain.errors import RunError
 from jaxtrain.observe.console import line
 from jaxtrain.observe.recorder import Recorder, StepClock, plain
-from jaxtrain.observe.sinks import Console, Jsonl, TensorBoard, read_rows
+from jaxtrain.observe.sinks import Console, Jsonl, TensorBoard, Wandb, read_rows
 from tests.disk import disk, fill  # noqa: F401
 
 
@@ -70,6 +71,32 @@ def test_rows_reach_every_sink(tmp_path, capsys):
     assert "step  5/10  loss 2.5000  grad 0.500" in capsys.readouterr().out
     (events,) = (tmp_path / "tensorboard").glob("events*")
     assert b"train/loss" in events.read_bytes()
+
+
+@pytest.mark.parametrize("error", [ValueError("api_key not configured"), ConnectionError("no route")], ids=repr)
+def test_a_service_that_does_not_take_the_run_is_an_error_with_a_fix(tmp_path, monkeypatch, error):
+    def init(**where):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(RunError, match="(?s)wandb.init failed.*WANDB_MODE=offline") as said:
+        Recorder((Wandb(project="p"),), tmp_path, first_step=0, steps=9)
+    assert said.value.got == f"{type(error).__name__}: {error}"
+
+
+def test_a_full_disk_below_a_service_is_waited_for_as_any_other(tmp_path, monkeypatch, capsys):
+    errors, rows = [OSError(errno.ENOSPC, "full")], []
+
+    def init(**where):
+        if errors:
+            raise errors.pop()
+        return SimpleNamespace(log=lambda row, step: rows.append(step), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    recorder = Recorder((Wandb(project="p"),), tmp_path, first_step=3, steps=9)
+    recorder.write(4, {"train/loss": 1.0})
+    recorder.close()
+    assert rows == [4] and "METRICS ARE NOT WRITTEN (full)" in capsys.readouterr().err
 
 
 class ShortOfRoom(io.FileIO):
