@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxtrain import ranges
+from jaxtrain.errors import ConfigError
 
 
 class Finished(Protocol):
@@ -42,13 +43,15 @@ class Baselines:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Text that the model writes after each prompt."""
+    """Text that the model writes after each prompt; after "" that of a new document."""
 
     prompts: tuple[str, ...]
     tokens: int = 128
     temperature: float = 0.7
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ConfigError(f"Sample.prompts = {self.prompts!r} is no tuple of texts.", fix='prompts=("",)')
         ranges.check("Sample", self, tokens=ranges.whole(1), temperature=ranges.FROM_ZERO)
 
     def lines(self, run: Finished) -> list[str]:
@@ -57,7 +60,7 @@ class Sample:
         tokenizer = run.data.tokenizer
         if tokenizer is None:
             return ["sample: none, the data has no tokenizer"]
-        ids = [tokenizer.encode(prompt) for prompt in self.prompts]
+        ids = [tokenizer.encode(prompt) or [tokenizer.end] for prompt in self.prompts]
         texts = generate(run.blueprint, run.params, ids, self.tokens, self.temperature)
         rows = [tokenizer.decode(text).splitlines() for text in texts]
         return [line for row in rows for line in ("sample:", *(f"  | {text}" for text in row))]

@@ -3,9 +3,13 @@
 import gzip
 import math
 
+from types import SimpleNamespace
+
 import pytest
 
-from jaxtrain.observe.ending import Baselines, gzip_bits_per_byte, unigram_bits_per_byte
+from jaxtrain.data.tokenizer import ByteTokenizer
+from jaxtrain.errors import ConfigError
+from jaxtrain.observe.ending import Baselines, Sample, gzip_bits_per_byte, unigram_bits_per_byte
 
 
 class Held:
@@ -56,3 +60,19 @@ def test_a_run_whose_tokens_have_no_known_bytes_compares_nothing():
     run = Held()
     run.eval_data, run.evaluation = run, {"eval/loss": 1.5}
     assert Baselines().lines(run) == []
+
+
+@pytest.mark.parametrize("prompts", [(), "def "])
+def test_a_sample_without_a_tuple_of_prompts_is_refused_where_it_is_written(prompts):
+    with pytest.raises(ConfigError, match="(?s)Sample.prompts = .* is no tuple of texts.*fix   prompts="):
+        Sample(prompts=prompts)
+
+
+def test_a_sample_of_no_text_begins_a_new_document(monkeypatch):
+    def generate(blueprint, params, prompts, tokens, temperature):
+        assert prompts == [[ByteTokenizer.end], [97]]
+        return [[*prompt, 33] for prompt in prompts]
+
+    monkeypatch.setattr("jaxtrain.generate.generate", generate)
+    run = SimpleNamespace(data=SimpleNamespace(tokenizer=ByteTokenizer()), blueprint=None, params=None)
+    assert Sample(prompts=("", "a")).lines(run) == ["sample:", "  | !", "sample:", "  | a!"]
