@@ -239,7 +239,6 @@ def test_whole_numbers_of_policies_and_endings_are_no_floats():
     for make in (
         lambda: DiLoCo(every=10.0),
         lambda: DiLoCo(fragments=1.0),
-        lambda: RollBackSpikes(window=128.0),
         lambda: RollBackSpikes(limit=True),
         lambda: Baselines(max_bytes=1e6),
         lambda: Sample(prompts=("a",), tokens=12.0),
