@@ -33,9 +33,13 @@ class Call:
 
     def load(self, *also: type) -> RunConfig:
         """The config with its overrides. `also`: more flags that an unknown one may have meant. Raises ConfigError."""
-        from jaxtrain.config import load
+        return self.load_both(*also)[1]
 
-        return load(self.config, self.overrides, _names(type(self.options), Process, *also))
+    def load_both(self, *also: type) -> tuple[RunConfig, RunConfig]:
+        """The config as its file says, not checked, and as `load` gives it."""
+        from jaxtrain.config import load_both
+
+        return load_both(self.config, self.overrides, _names(type(self.options), Process, *also))
 
 
 def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:

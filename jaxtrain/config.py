@@ -89,9 +89,15 @@ def load(path: str | Path, overrides: Iterable[str] = (), flags: Iterable[str] =
     The file is executed: configs are code and trusted. `flags`: names that an unknown override may have meant instead.
     Raises ConfigError.
     """
+    return load_both(path, overrides, flags)[1]
+
+
+def load_both(path: str | Path, overrides: Iterable[str], flags: Iterable[str] = ()) -> tuple[RunConfig, RunConfig]:
+    """The config as its file says, not checked, and as `load` gives it."""
     from jaxtrain.overrides import apply
 
-    return check(apply(_from_file(Path(path)), list(overrides), flags))
+    plain = _from_file(Path(path))
+    return plain, check(apply(plain, list(overrides), flags))
 
 
 def _from_file(path: Path) -> RunConfig:

@@ -45,13 +45,13 @@ SEED = Range("a whole number from 0 to 4294967295, the 32 bits that jax.random.k
 
 
 def check(owner: str, config: Any, /, **fields: Range) -> None:
-    """Raises ConfigError for a field outside its range. None passes: it stands for no number where the type has it.
+    """Raises ConfigError for a field outside its range. None passes where the field's type has it.
 
     `owner`: the path of the config's own flags; "" for the run's.
     """
     for name, allowed in fields.items():
         value, path = getattr(config, name), f"{owner}.{name}".removeprefix(".")
-        if value is None or allowed.holds(value):
+        if allowed.holds(value) or value is None and "None" in str(config.__dataclass_fields__[name].type):
             continue
         rule = f"{path} is {allowed.text}"
         if allowed.takes(value):

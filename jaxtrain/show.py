@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxtrain.command import parse
-from jaxtrain.config import RunConfig, load
+from jaxtrain.config import RunConfig
 from jaxtrain.loading import full_name
 from jaxtrain.overrides import leaves, sources
 from jaxtrain.xla import check
@@ -20,7 +20,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """jaxtrain show CONFIG [overrides of the config]"""
     call = parse("jaxtrain show", Options, argv, doc=main.__doc__)
-    plain, config = load(call.config), call.load()
+    plain, config = call.load_both()
     check(config.xla)
     print(table(plain, config))
     print()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import overrides, ranges
-from jaxtrain.config import check, differences, encode, load
+from jaxtrain.config import check, differences, encode, load, load_both
 from jaxtrain.data.order import Shuffled
 from jaxtrain.data.source import Synthetic, Text
 from jaxtrain.errors import ConfigError, LayoutError, UserError
@@ -218,6 +218,7 @@ def test_a_number_that_no_run_can_mean_is_refused(argv):
         ("health.hash_every", 0.5),
         ("optim.schedule.warmup", 1e2),
         ("data.document", 2.5),
+        ("steps", None),
     ],
 )
 def test_a_number_of_another_kind_is_refused_where_it_is_written(tmp_path, path, value):
@@ -235,12 +236,27 @@ def test_a_number_of_another_kind_is_refused_where_it_is_written(tmp_path, path,
     assert error.value.fix == (f"{path} = {int(value)}" if isinstance(value, float) and value.is_integer() else "")
 
 
+def test_a_class_of_the_configs_own_is_no_override(tmp_path):
+    text = """
+        import dataclasses
+        from models.llama import Config
+        from tests.tiny import TINY
+        class Own(Config):
+            pass
+        fields = {f.name: getattr(TINY.model, f.name) for f in dataclasses.fields(TINY.model)}
+        config = dataclasses.replace(TINY, model=Own(**fields))
+    """
+    (tmp_path / "mine.py").write_text(textwrap.dedent(text))
+    plain, config = load_both(tmp_path / "mine.py", ["--steps", "7"])
+    assert [path for path, source in overrides.sources(plain, config).items() if source == "override"] == ["steps"]
+
+
 def test_whole_numbers_of_policies_and_endings_are_no_floats():
     for make in (
         lambda: DiLoCo(every=10.0),
         lambda: DiLoCo(fragments=1.0),
+        lambda: RollBackSpikes(window=128.0),
         lambda: RollBackSpikes(limit=True),
-        lambda: Baselines(max_bytes=1e6),
         lambda: Sample(prompts=("a",), tokens=12.0),
     ):
         with pytest.raises(ConfigError, match="is of another kind"):
