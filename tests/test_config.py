@@ -218,7 +218,6 @@ def test_a_number_that_no_run_can_mean_is_refused(argv):
         ("health.hash_every", 0.5),
         ("optim.schedule.warmup", 1e2),
         ("data.document", 2.5),
-        ("steps", None),
     ],
 )
 def test_a_number_of_another_kind_is_refused_where_it_is_written(tmp_path, path, value):
@@ -234,6 +233,11 @@ def test_a_number_of_another_kind_is_refused_where_it_is_written(tmp_path, path,
     with pytest.raises(ConfigError, match=f"(?s)^{name} = {value!r} is of another kind.*got .*rule  {name} is ") as error:
         load(tmp_path / "wrong.py")
     assert error.value.fix == (f"{path} = {int(value)}" if isinstance(value, float) and value.is_integer() else "")
+
+
+def test_no_number_where_one_is_needed_is_refused():
+    with pytest.raises(ConfigError, match="(?s)^steps = None is of another kind.*rule  steps is a whole number, at least 1"):
+        check(dataclasses.replace(TINY, steps=None))
 
 
 def test_a_class_of_the_configs_own_is_no_override(tmp_path):
