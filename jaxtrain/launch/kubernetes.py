@@ -5,6 +5,7 @@ The fields are those of jobset.x-k8s.io/v1alpha2 (https://jobset.sigs.k8s.io) an
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 from dataclasses import dataclass
@@ -121,8 +122,12 @@ def _environment(call: Call, config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _mount(config: RunConfig) -> str:
-    """Where the claim is mounted: runs_dir, which must be absolute there."""
-    return config.runs_dir if config.runs_dir.startswith("/") else f"/{config.runs_dir}"
+    """Where the claim is mounted: runs_dir, which must be absolute there. Raises ConfigError for the root."""
+    path = posixpath.normpath(posixpath.join("/", config.runs_dir))
+    if path == "/":
+        rule = "the claim is mounted there, and a container's root is its image"
+        raise ConfigError(f"runs_dir = {config.runs_dir!r} is no folder of its own.", rule=rule, fix="--runs-dir runs")
+    return path
 
 
 def _name(config: RunConfig) -> str:

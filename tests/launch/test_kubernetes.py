@@ -133,6 +133,8 @@ def test_the_command_writes_its_runs_onto_that_disk(capsys):
     made = pod(manifest(capsys, "--runs-dir", "/mnt/all"))["containers"][0]
     assert made["command"][-2:] == ["--runs-dir", "/mnt/all"] and made["volumeMounts"][0]["mountPath"] == "/mnt/all"
     assert made["command"].count("--runs-dir") == 1
+    made = pod(manifest(capsys, "--runs-dir", "../all/"))["containers"][0]
+    assert made["command"][-2:] == ["--runs-dir", "/all"] and made["volumeMounts"][0]["mountPath"] == "/all"
 
 
 def test_it_is_written_into_the_run_folder_and_the_command_that_starts_it_is_printed(capsys, place):
@@ -155,3 +157,8 @@ def test_what_the_program_cannot_know_is_asked_for(flag):
 def test_a_name_that_makes_no_address_is_refused(name):
     with pytest.raises(ConfigError, match="makes no name for Kubernetes"):
         main(["config.py", *NEEDED, "--name", name])
+
+
+def test_a_runs_dir_that_is_the_root_of_a_container_is_refused():
+    with pytest.raises(ConfigError, match="no folder of its own"):
+        main(["config.py", *NEEDED, "--runs-dir", "."])
