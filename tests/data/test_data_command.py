@@ -137,7 +137,8 @@ def test_a_tokenizer_is_not_trained_on_text_that_training_refuses(config, tmp_pa
 def test_a_tokenizer_that_cannot_be_written_is_refused_before_it_is_trained(config, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxtrain.data.tokenizer._trained", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(RunError, match="(?s)nowhere/t.json cannot be written.*fix"):
-        run("train-tokenizer", config("bpe"), "--data.tokenizer.file", str(tmp_path / "nowhere" / "t.json"))
+        nowhere = str(tmp_path / "nowhere" / "t.json")
+        run("train-tokenizer", config("bpe"), "--data.tokenizer.file", nowhere, "--eval.data.tokenizer.file", nowhere)
 
 
 def test_data_that_is_read_in_place_needs_no_preparing_and_that_is_said(tmp_path, capsys):

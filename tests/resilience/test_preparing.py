@@ -16,7 +16,7 @@ from jaxtrain.data import prepare, tokenizer
 from jaxtrain.data.prepare import prepared
 from jaxtrain.data.source import HuggingFace, Text
 from jaxtrain.data.tokenizer import BpeTokenizer, train_bpe
-from jaxtrain.resilience import deadlines, pulse, verdict
+from jaxtrain.resilience import deadlines, pulse, say, verdict
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.lead import Lead
 from jaxtrain.resilience.pulse import PHASES, Beat, Pulse
@@ -129,6 +129,7 @@ def test_a_renewal_while_stacks_are_gathered_ends_no_trainer(tmp_path, capsys):
     for since, moved in ((100.0, False), (100.2, False), (700.0, True)):  # as told; by a late message; renewed
         host.statuses = lambda since=since: [dataclasses.replace(slow, beat=dataclasses.replace(before, since=since))]
         assert watched._went_on(hang) is moved
+    say.flush()
     assert "no incident, it went on" in capsys.readouterr().err
 
 
