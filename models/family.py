@@ -150,7 +150,7 @@ class RopeScaling:
     original_max_position: int = 8192
 
     def __post_init__(self):
-        check_positive(vars(self))
+        check_positive(dict(original_max_position=self.original_max_position))
         check_finite(factor=self.factor, low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
         if self.low_freq_factor >= self.high_freq_factor:
             raise UserError(
@@ -259,10 +259,11 @@ class DecoderConfig:
 
 
 def check_positive(fields: Mapping[str, Any]) -> None:
-    """Raises UserError for a size below 1."""
+    """Raises UserError for a size below 1, or one with a point; what is no number is none of its business."""
     for name, size in fields.items():
-        if isinstance(size, int) and not isinstance(size, bool) and size < 1:
-            raise UserError(f"{name} = {size} is no size.", rule="at least 1")
+        number = isinstance(size, int | float) and not isinstance(size, bool)
+        if number and (isinstance(size, float) or size < 1):
+            raise UserError(f"{name} = {size} is no size.", rule="a whole number, at least 1")
 
 
 def check_finite(*, from_zero: bool = False, **numbers: float) -> None:

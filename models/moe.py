@@ -87,7 +87,7 @@ class Experts:
     limited: Limited | None = None
 
     def __post_init__(self):
-        check_positive(vars(self))
+        check_positive({name: value for name, value in vars(self).items() if name != "z_loss"})
         check_finite(from_zero=True, z_loss=self.z_loss)
         if self.num_chosen > self.num_experts:
             raise UserError(

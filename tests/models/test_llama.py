@@ -103,6 +103,8 @@ def test_the_rules_say_what_an_axis_shards():
         (dict(num_kv_heads=3), "do not share the key heads evenly"),
         (dict(head_dim=5), "head_dim = 5 is odd"),
         (dict(remat="dot"), "did you mean 'dots'"),
+        (dict(dim=32.0), "dim = 32.0 is no size"),
+        (dict(num_heads=4.0), "num_heads = 4.0 is no size"),
         (dict(norm_eps=-1.0), "norm_eps = -1.0 is out of range"),
         (dict(rope_theta=0.0), "rope_theta = 0.0 is out of range"),
         (dict(rope_theta=float("nan")), "rope_theta = nan is out of range"),

@@ -236,6 +236,7 @@ def test_a_layout_that_does_not_divide_is_refused_with_the_closest_that_does(axe
     [
         (lambda: dataclasses.replace(MIX, num_chosen=9), "num_chosen = 9 is more than there are"),
         (lambda: dataclasses.replace(MIX, ffn=0), "ffn = 0"),
+        (lambda: dataclasses.replace(MIX, num_experts=8.0), "num_experts = 8.0 is no size"),
         (lambda: dataclasses.replace(MIX, limited=Limited(groups=3, kept=1)), "1 of 3 groups"),
         (lambda: dataclasses.replace(TINY, dense_layers=2, dense_ffn=4), "dense_layers = 2"),
         (lambda: dataclasses.replace(TINY, dense_layers=1), "dense_ffn = None"),
