@@ -329,7 +329,7 @@ class Checkpoints:
             files.sync_folder(self.directory)
             self._damaged.discard(save.step)
             if old:  # only now: to remove a large one takes seconds, in which a kill would have taken both
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # the new one is there; what is left goes with the next save
         except CheckpointError:
             raise
         except Exception as error:  # as above

@@ -21,6 +21,8 @@ from jaxtrain.data.stream import MegatronStream, Stream, SyntheticStream
 from jaxtrain.data.tokenizer import OpenTokenizer, open_tokenizer
 from jaxtrain.errors import ConfigError, DataError
 
+_IDS_ALONE = (Megatron, Synthetic)  # sources without text
+
 
 def open_dataset(
     source: Source,
@@ -218,7 +220,7 @@ class Dataset:
     @property
     def has_text(self) -> bool:
         """Whether `documents` can be read."""
-        return not any(isinstance(part, Megatron | Synthetic) for part in parts(self.source))
+        return not any(isinstance(part, _IDS_ALONE) for part in parts(self.source))
 
     def documents(self) -> Iterator[bytes]:
         """The raw bytes of the split's documents, in order, as the files hold them. Raises DataError without text."""
@@ -228,7 +230,7 @@ class Dataset:
 
 def source_documents(part: Plain) -> Iterator[Document]:
     """One source's documents. Raises DataError where the source holds ids and no text."""
-    if isinstance(part, Megatron | Synthetic):
+    if isinstance(part, _IDS_ALONE):
         raise DataError(
             f"{type(part).__name__} holds ids and no text.", rule="documents() reads Text, Jsonl or Parquet"
         )

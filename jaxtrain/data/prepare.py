@@ -114,7 +114,7 @@ def _watched(folder: Path, moved: Callable[[], None]) -> Iterator[None]:
     def watch() -> None:
         seen = _written(folder)
         while not done.wait(POLL_SECONDS):
-            if (written := _written(folder)) != seen:
+            if (written := _written(folder)) != seen and not done.is_set():
                 seen = written
                 moved()
 
@@ -124,7 +124,7 @@ def _watched(folder: Path, moved: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(4 * POLL_SECONDS)  # longer it is only where the disk does not answer, and then it calls nobody
 
 
 def _written(folder: Path) -> dict[str, int]:

@@ -131,7 +131,7 @@ def test_a_kill_while_the_old_one_is_removed_leaves_the_new_one(folder, opened, 
     class Killed(BaseException):
         pass
 
-    def killed(path):
+    def killed(path, **how):
         raise Killed(path)
 
     with monkeypatch.context() as patch:
@@ -141,6 +141,26 @@ def test_a_kill_while_the_old_one_is_removed_leaves_the_new_one(folder, opened, 
             checkpoints.wait()
     state, _ = opened().latest({"x": jnp.zeros(3)})
     assert state["x"].tolist() == [1, 1, 1]
+
+
+def test_an_old_one_that_cannot_be_removed_fails_no_save_and_goes_with_the_next(opened, folder, monkeypatch):
+    checkpoints = opened()
+
+    def save(step, value):
+        checkpoints.save(step, {"x": jnp.full(3, value)}, **NOTE)
+        checkpoints.wait()
+
+    def refused(path):
+        raise OSError(errno.EIO, "no", path)
+
+    save(5, 0.0)
+    with monkeypatch.context() as patch:
+        real = os.unlink
+        patch.setattr(os, "unlink", lambda path, **how: refused(path) if Path(path).name == "manifest.json" else real(path, **how))
+        save(5, 1.0)
+    assert checkpoints.steps() == [5] and (folder / "5.deleting").is_dir()
+    save(6, 2.0)
+    assert not (folder / "5.deleting").exists()
 
 
 @pytest.mark.parametrize("step", [-1, 4.0, True, "5"])
