@@ -39,6 +39,14 @@ def connect(address: str, count: int, index: int, deadline_s: float) -> None:
     threading.Thread(target=_talk, args=(max(TALK_S, count / TALKS_A_SECOND),), name="talk", daemon=True).start()
 
 
+def serves() -> bool:
+    """Whether other processes are served by this one; under `launch` a supervisor does it."""
+    from jax._src import distributed
+
+    state = distributed.global_state
+    return state.service is not None and state.num_processes > 1
+
+
 def _talk(every_s: float) -> None:
     with contextlib.suppress(Exception):  # the service has ended: so has this process, soon
         while True:

@@ -120,6 +120,12 @@ def last_words() -> None:
         time.sleep(_LAST_S)
 
 
+def leave_last() -> None:
+    """After a stop that all agreed on: the others are moments behind, and crash if what serves them is gone before them."""
+    if coordination.serves():
+        time.sleep(_LAST_S)
+
+
 def barrier(name: str, deadline_s: float) -> None:
     """Returns when all processes have come here, each in the same order of calls. Raises RunError at the deadline."""
     if _process.count == 1:

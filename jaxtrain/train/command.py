@@ -26,4 +26,7 @@ def main(argv: list[str]) -> int:
 
         from jaxtrain.train.run import train  # after start: it imports jax with the platform chosen
 
-        return train(config, process, notice, accept_changes=call.options.accept_changes)
+        code = train(config, process, notice, accept_changes=call.options.accept_changes)
+        if code:
+            runtime.leave_last()
+        return code

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
-import dataclasses, os, time
+import dataclasses, os, sys, time
 from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.observe.sinks import Jsonl
 from tests.tiny import TINY
@@ -34,6 +34,10 @@ class SlowDisk:
 
         storage.end_write = end_write
         return Jsonl().open(run_dir, first_step, steps)
+
+if "LATE" in os.environ:  # the last thing that a process does before it leaves takes half a second, twice
+    program = sys.modules["__main__"]
+    flush, program._flush = program._flush, lambda stream: time.sleep(0.5) or flush(stream)
 
 config = dataclasses.replace(
     TINY, steps=1_000_000, log_every=1, eval=None, checkpoint=CheckpointConfig(every=20), sinks=(SlowDisk(),)
@@ -135,3 +139,11 @@ def test_a_save_that_outlasts_the_grace_is_left_before_the_kill_and_the_checkpoi
     assert f"resumed at step {newest}" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 75
+
+
+def test_the_process_that_serves_the_others_leaves_after_them(place):
+    processes = pair(place, "late", p1={"JAXTRAIN_NOTICE": str(place / "another"), "LATE": "1"})
+    await_rows(place, "late", processes[0], 30)
+    (place / "another").touch()
+    (code, lead), (other, said) = map(ended, processes)
+    assert (code, other) == (75, 75), lead + said
