@@ -142,8 +142,8 @@ def test_a_save_that_outlasts_the_grace_is_left_before_the_kill_and_the_checkpoi
 
 
 def test_the_process_that_serves_the_others_leaves_after_them(place):
-    processes = pair(place, "late", p1={"JAXTRAIN_NOTICE": str(place / "another"), "LATE": "1"})
-    await_rows(place, "late", processes[0], 30)
+    processes = pair(place, "last", p1={"JAXTRAIN_NOTICE": str(place / "another"), "LATE": "1"})
+    await_rows(place, "last", processes[0], 30)
     (place / "another").touch()
     (code, lead), (other, said) = map(ended, processes)
     assert (code, other) == (75, 75), lead + said
