@@ -152,8 +152,8 @@ class Interleaved(_Pipeline):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.chunks < 1:
-            raise LayoutError(f"pipeline.chunks = {self.chunks} is no number of chunks.", rule="1 or more", fix="chunks = 1")
+        if type(self.chunks) is not int or self.chunks < 1:
+            raise LayoutError(f"pipeline.chunks = {self.chunks!r} is no number of chunks.", rule="1 or more", fix="chunks = 1")
 
     def table(self, stages: int, microbatches: int) -> Table:
         from meshes import schedules

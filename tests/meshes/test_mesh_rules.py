@@ -118,6 +118,12 @@ def test_rules_refuse_names_that_do_not_exist_and_offer_the_closest(sides, said)
         Rules(**({"params": {}, "acts": {}} | sides))
 
 
+@pytest.mark.parametrize("chunks", [0, 1.5, 2.0, True, "2"])
+def test_chunks_of_a_pipeline_are_a_whole_number_from_one(chunks):
+    with pytest.raises(LayoutError, match=f"pipeline.chunks = {chunks!r} is no number of chunks"):
+        meshes.Interleaved(chunks=chunks)
+
+
 def test_one_axis_may_be_written_without_a_tuple_and_none_unmaps():
     assert Rules(params={"D": "fsdp"}, acts={"B": None}) == Rules(params={"D": ("fsdp",)}, acts={"B": ()})
 
