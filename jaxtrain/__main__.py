@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from typing import TextIO
 
 VERBS = {
@@ -57,7 +58,14 @@ def _usage() -> str:
 def entry() -> None:
     """The process: runs `main` and leaves. After a failure at once: `exit` would wait for peers at jax's shutdown barrier,
     and let the threads of sinks that failed print their own tracebacks over the message."""
-    code = main()
+    try:
+        code = main()
+    except Exception:  # a fault of ours, or of the user's own model, sink or ending
+        _flush(sys.stdout)
+        traceback.print_exc()
+        if runtime := sys.modules.get("jaxtrain.runtime"):
+            runtime.last_words()
+        code = 1
     if code:
         _flush(sys.stdout)
         _flush(sys.stderr)

@@ -85,7 +85,7 @@ def start(
     _platform(fake_devices)
     _xla(xla)
     _compilation_cache(cache_dir)
-    if not on_gpu():
+    if not on_gpu(_environ()):
         _keep_freed_memory()
     me = member()
     if me is not None:
@@ -226,14 +226,19 @@ def _xla(flags: XlaFlags) -> None:
     The tenth that stays is for the CUDA context, NCCL and cuBLAS; NVIDIA's pages on JAX name 0.8 to 0.9. FLAGS, and on
     CPUs CPU_FLAGS, are set where this XLA knows them and XLA_FLAGS does not set them.
     """
-    import jax
-
-    env = os.environ | {"JAX_PLATFORMS": jax.config.jax_platforms or ""}
+    env = _environ()
     add_flags(flags, env)
     if on_gpu(env) and not any(name in env for name in MEMORY):
         env[MEMORY[0]] = "0.9"
     add_known(FLAGS if on_gpu(env) else FLAGS | CPU_FLAGS, env)
     os.environ.update({name: env[name] for name in ("XLA_FLAGS", MEMORY[0]) if name in env})
+
+
+def _environ() -> dict[str, str]:
+    """The environment with the platforms that jax was told, be it there or by `fake_devices`."""
+    import jax
+
+    return os.environ | {"JAX_PLATFORMS": jax.config.jax_platforms or ""}
 
 
 def _keep_freed_memory() -> None:
@@ -279,7 +284,7 @@ def compile_anew_on_cpu() -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    if not on_gpu():
+    if not on_gpu(_environ()):
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # whether it is used is decided at the first compilation, and kept
 
@@ -294,7 +299,7 @@ def _share_compiled_programs() -> None:
 
     hashed = getattr(cache_key, "_hash_serialized_compile_options", None)
     topology = getattr(cache_key, "_hash_accelerator_config", None)
-    if not (hashed and topology) or on_gpu():
+    if not (hashed and topology) or on_gpu(_environ()):
         return
 
     def kinds(made: Any, devices: Any) -> None:

@@ -56,7 +56,7 @@ def check(flags: XlaFlags) -> None:
     _check(list(flags.gpu), "xla.gpu of the config")
 
 
-def on_gpu(env: Mapping[str, str] = os.environ) -> bool:
+def on_gpu(env: Mapping[str, str]) -> bool:
     """Whether jax will run on NVIDIA GPUs here: as JAX_PLATFORMS says, else a CUDA plugin and a card are there."""
     platforms = env.get("JAX_PLATFORMS", "")
     if platforms:

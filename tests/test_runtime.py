@@ -100,6 +100,22 @@ def test_a_gpus_memory_is_taken_but_for_a_tenth_unless_the_user_says_otherwise(m
     assert next((os.environ[name] for name in runtime.MEMORY if name in os.environ), None) == taken
 
 
+def test_fake_devices_are_cpus_on_a_machine_with_gpus_too(tmp_path):
+    code = """
+        import sys
+        from pathlib import Path
+        from jaxtrain import runtime
+        kept = []
+        runtime.on_gpu = lambda env: env["JAX_PLATFORMS"] in ("", "cuda")  # a plugin and a card are there
+        runtime._keep_freed_memory = lambda: kept.append(True)
+        runtime.start(fake_devices=2, cache_dir=Path(sys.argv[1]))
+        runtime.compile_anew_on_cpu()
+        import jax
+        print(kept, jax.config.jax_enable_compilation_cache)
+    """
+    assert python(code, tmp_path, JAX_PLATFORMS="") == "[True] False\n"
+
+
 def test_one_process_has_no_place_and_agrees_with_itself():
     assert runtime.place() == ""
     runtime.barrier("start", deadline_s=0)

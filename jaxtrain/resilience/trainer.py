@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
         os._exit(0)
     order = json.loads(line)
     os.environ.update(order["env"])
+    sys.argv = ["jaxtrain", *order["argv"]]  # environment.json shows it
     pulse.mine()  # it has its orders
 
     from jaxtrain.__main__ import main as run

@@ -25,6 +25,8 @@ class SlowDisk:
     def open(self, run_dir, first_step, steps):
         from jaxtrain.checkpoint import storage
         from jaxtrain.observe.sinks import Jsonl
+        if "BROKEN" in os.environ:
+            raise ValueError("a fault of the user's own code")
         write = storage.end_write
 
         def end_write(writes, deadline):
@@ -146,3 +148,9 @@ def test_the_process_that_serves_the_others_leaves_after_them(place):
     (place / "another").touch()
     (code, lead), (other, said) = map(ended, processes)
     assert (code, other) == (75, 75), lead + said
+
+
+def test_a_fault_in_code_of_the_users_ends_all_processes(place):
+    (code, lead), (other, said) = map(ended, pair(place, "broken", p0={"BROKEN": "1"}))
+    assert code == 1 and "ValueError: a fault of the user's own code" in lead
+    assert other != 0, said
