@@ -197,7 +197,7 @@ def _gradients(blueprint: Blueprint, params: Any, batch: Batch) -> tuple[tuple[S
     specs = dict(in_specs=(PartitionSpec(), along, PartitionSpec()), out_specs=along, axis_names=set(once))
     mesh = inside if apart else blueprint.mesh
     parts = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(params, batch, count)
-    sums, grads = jax.tree.map(lambda x: x.sum(0), parts)
+    sums, grads = jax.tree.map(lambda x: x.sum(0).astype(jnp.float32), parts)  # a weight gathered before has its bf16
     return sums, _stored(blueprint, grads)
 
 

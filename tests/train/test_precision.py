@@ -1,6 +1,8 @@
 """What is cast for compute and what is not, and that mixtures train in bfloat16."""
 
 import dataclasses
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,10 @@ import numpy as np
 import pytest
 
 import meshes
+from jaxtrain.protocols import BATCH_FIELDS
 from jaxtrain.train.precision import BF16
 from jaxtrain.train.state import Blueprint
+from jaxtrain.train.step import _gradients
 from tests.parity.test_experts import _config, _run
 from tests.tiny import TINY
 
@@ -32,6 +36,19 @@ def test_a_layout_in_bfloat16_comes_close_to_one_device(model, sizes):
     ours, theirs = (_run(config, 1, **on)[0] for on in (sizes, {}))
     for name in ("train/loss", "train/grad_norm"):
         assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=BF16_LOSS), name
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, context=2), dict(data=2, expert=2)])
+@pytest.mark.parametrize("rules", ["DP", "ZERO1", "ZERO2", "FSDP", "TP_SP", "gathered once"])
+def test_gradients_of_bfloat16_are_float32_in_every_layout(rules, sizes):
+    rules = meshes.PRESETS.get(rules) or dataclasses.replace(meshes.DEFAULT, gather="step")
+    mesh = meshes.MeshConfig(**{"fsdp": 1} | sizes)
+    config = dataclasses.replace(TINY, precision=BF16, rules=rules, mesh=mesh)
+    blueprint = Blueprint(config, meshes.make(mesh, jax.devices()[: math.prod(sizes.values())]))
+    batch = {name: jax.ShapeDtypeStruct((config.batch, config.seq_len), kind) for name, kind in BATCH_FIELDS.items()}
+    with meshes.use(blueprint.mesh, blueprint.rules):
+        (_, grads) = jax.eval_shape(partial(_gradients, blueprint), blueprint.shapes.params, batch)
+    assert {x.dtype.name for x in jax.tree.leaves(grads)} == {"float32"}
 
 
 @pytest.mark.slow
