@@ -40,6 +40,10 @@ class Recorder:
         for writer in self._writers:
             writer.flush()
 
+    def waits(self) -> bool:
+        """Whether some rows are in memory alone."""
+        return any(writer.waits for writer in self._writers)
+
     def close(self) -> None:
         """Raises RunError where rows are lost."""
         errors = []
@@ -67,6 +71,10 @@ class _Patient:
             if first_step == 0:
                 raise _unwritten("cannot write metrics", run_dir, f"{error.strerror} ({self._name})") from error
             self._refused(error)
+
+    @property
+    def waits(self) -> bool:
+        return bool(self._waiting)
 
     def write(self, row: Row) -> None:
         self._waiting.append(row)

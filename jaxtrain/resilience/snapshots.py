@@ -66,8 +66,11 @@ class Snapshots:
         if self._off:
             self._say("there are no snapshots.", next(filter(None, troubles)))
 
-    def save(self, step: int, state: Any, *, data: dict) -> None:
-        """Returns when `state`, a tree of arrays, may be donated. `data` (the data position) is JSON."""
+    def save(self, step: int, state: Any, *, data: dict, trouble: str = "") -> None:
+        """Returns when `state`, a tree of arrays, may be donated. `data` (the data position) is JSON.
+
+        `trouble`: why this process must not go on from this step; then there is no such snapshot, and that is said.
+        """
         if self._off:
             return
         arrays = describe.storable(named(state))
@@ -76,6 +79,8 @@ class Snapshots:
         key, deadline, header = peers.new_round(), self._deadline(), self._header(step, arrays, data)
         if before := self._unfinished():
             view, trouble = None, "the one before is not finished"
+        elif trouble:
+            view = None
         else:
             view, trouble = self._copied(arrays, header.size)
         work = partial(self._finish, before, key, header, view, trouble, deadline)

@@ -8,7 +8,8 @@ The contract, for every update n:
      often in a row end the run; a stop that any process asked for ends the loop after n
   5. where an evaluation, a snapshot, a save or the end follows update n, read its metrics too, so that the row stands
      before the evaluation's row and a bad state is never saved; a comparison of copies comes before that
-  6. evaluate, then take a snapshot, then save, so that either of step n implies that all rows up to n are on disk
+  6. evaluate, then take a snapshot, then save, so that either of step n implies that all rows up to n are on disk.
+     While a disk refuses rows there is no snapshot; a checkpoint that it takes nevertheless is worth more than they are
 """
 
 from __future__ import annotations

@@ -236,7 +236,8 @@ def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
             checkpoints.save(step, state, config=encode(config), data=position(step), letters=opened.blueprint.letters)
 
         def snapshot(step: int, state: State) -> None:
-            opened.snapshots.save(step, state, data=position(step))
+            trouble = "rows of metrics wait for a disk" if recorder.waits() else ""
+            opened.snapshots.save(step, state, data=position(step), trouble=trouble)
 
         def last_good() -> str:
             checkpoints.settle()

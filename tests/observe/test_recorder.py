@@ -123,10 +123,12 @@ def test_rows_wait_for_a_disk_that_is_full_or_fills_up_and_come_in_order_once_it
         for step in (2, 3):
             recorder.write(step, {"train/loss": 1.0})
             recorder.flush()
+            assert recorder.waits()
     (said,) = capsys.readouterr().err.splitlines()
     assert "METRICS ARE NOT WRITTEN (No space left on device)" in said
     writer._file = file
     recorder.write(4, {"train/loss": 1.0})
+    assert not recorder.waits()
     recorder.close()
     assert "metrics are written again, 3 rows at once" in capsys.readouterr().err
     rows = read_rows(tmp_path / "metrics.jsonl") if isinstance(sink, Jsonl) else []

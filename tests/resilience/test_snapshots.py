@@ -209,6 +209,14 @@ def test_a_snapshot_is_left_out_while_the_one_before_is_not_finished(opened, mon
     assert snapshots.wait() == 3
 
 
+def test_a_step_that_the_run_must_not_go_on_from_has_no_snapshot_and_that_is_said_once(opened, capsys):
+    snapshots = opened()
+    for step, trouble in ((1, ""), (2, "rows of metrics wait"), (3, "rows of metrics wait"), (4, "")):
+        snapshots.save(step, state_of(step), data={}, trouble=trouble)
+        assert snapshots.wait() == (1 if trouble else step)
+    assert capsys.readouterr().err.count("rows of metrics wait") == 1
+
+
 def test_what_was_not_agreed_to_be_whole_is_overwritten_first(opened, folder, monkeypatch):
     """Elsewhere another process may have failed: the newest that all have stays until all have a newer one."""
     snapshots = opened()
