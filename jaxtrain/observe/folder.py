@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,7 +50,12 @@ class RunFolder:
     def _keep_config(self, new: dict, accept_changes: bool) -> None:
         kept = _config_files(self.path)
         if not kept or not numbered(self.path / "checkpoints"):  # nothing yet that could be continued
-            return _write(self.path / "config.json", new, needed=not kept or _is_another(kept[0], new))
+            another = not kept or _is_another(kept[-1], new)
+            if kept and another:
+                self._put_aside(kept)
+            for later in kept[1:]:
+                later.unlink(missing_ok=True)
+            return _write(self.path / "config.json", new, needed=another)
         changed = differences(_read_json(kept[-1]), new)
         if not changed:
             return None
@@ -63,6 +69,17 @@ class RunFolder:
             )
         print(f"continuing {self.path} with a changed config:\n        {_table(changed)}", flush=True)
         return _write(self.path / f"config.{len(kept)}.json", new, needed=bool(strict))
+
+
+    def _put_aside(self, kept: list[Path]) -> None:
+        """What a run of another config has left here, where there is more of it than the config."""
+        rows = self.path / "metrics.jsonl"
+        if rows.exists() and rows.stat().st_size:
+            aside = next(path for n in count(1) if not (path := self.path / f"before.{n}").exists())
+            aside.mkdir()
+            for path in (rows, *kept):
+                os.replace(path, aside / path.name)
+            print(f"{self.path} starts over with another config; what was trained before is in {aside.name}", flush=True)
 
 
 def _strict(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:

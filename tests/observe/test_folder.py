@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,23 @@ def test_a_folder_without_a_checkpoint_takes_the_corrected_config(config):
     _open(config)
     _open(dataclasses.replace(config, steps=20))
     assert json.loads((config.run_dir / "config.json").read_text())["steps"] == 20
+
+
+def test_a_run_that_starts_over_with_another_config_loses_nothing_and_is_continued_by_its_own_command(config, capsys):
+    _open(config)
+    _saved(config)
+    _open(dataclasses.replace(config, log_every=5))  # config.1.json
+    (config.run_dir / "metrics.jsonl").write_text('{"step": 5}\n')
+    shutil.rmtree(config.run_dir / "checkpoints")
+    other = dataclasses.replace(config, steps=20)
+    _open(other)
+    assert "what was trained before is in before.1" in capsys.readouterr().out
+    aside = {path.name: path.read_text() for path in (config.run_dir / "before.1").iterdir()}
+    assert aside["metrics.jsonl"] == '{"step": 5}\n' and json.loads(aside["config.json"])["steps"] == 10
+    assert "config.1.json" in aside and not (config.run_dir / "config.1.json").exists()
+    _saved(config)
+    _open(other)
+    assert len(list(config.run_dir.glob("before.*"))) == 1
 
 
 def test_a_checkpoint_without_its_manifest_still_guards_the_config(config):
