@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from jaxtrain import ranges
 from jaxtrain.checkpoint.policy import CheckpointConfig
-from jaxtrain.data.source import Source, check_disjoint, check_tokenizers, check_vocab
+from jaxtrain.data.source import Mixture, Source, check_disjoint, check_tokenizers, check_vocab
 from jaxtrain.errors import ConfigError
 from jaxtrain.loading import execute, full_name
 from jaxtrain.observe.ending import Ending
@@ -37,6 +37,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         ranges.check("eval", self, every=ranges.whole(0), max_batches=ranges.whole(1))
+        if self.max_batches and isinstance(self.data, Mixture):
+            raise ConfigError(
+                f"eval.max_batches = {self.max_batches} batches of a mixture would be its first source's alone.",
+                rule="an evaluation reads every source in order, one after the other",
+                fix="max_batches=None, with a smaller holdout where that takes long; or one source",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from jaxtrain.config import EvalConfig
 from jaxtrain.data import reading
 from jaxtrain.data.files import list_files
 from jaxtrain.data.source import HuggingFace, Jsonl, Mixture, Parquet, Synthetic, Text, check_disjoint, check_tokenizers
@@ -302,3 +303,10 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path):
 def test_a_source_that_cannot_be_meant_is_refused_when_it_is_written(make):
     with pytest.raises(ConfigError):
         make()
+
+
+def test_a_part_of_a_mixture_is_not_what_an_evaluation_reads():
+    mixed = Mixture(sources=(Synthetic(), Synthetic(seed=1)), weights=(1, 1))
+    assert EvalConfig(data=mixed).max_batches is None
+    with pytest.raises(ConfigError, match="its first source's alone"):
+        EvalConfig(data=mixed, max_batches=4)
