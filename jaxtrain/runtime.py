@@ -109,6 +109,13 @@ def devices() -> list[Device]:
         ) from error
 
 
+def inline() -> bool:
+    """Whether programs run within the call that starts them: on CPUs where there are several processes (`_join`)."""
+    import jax
+
+    return _process.count > 1 and jax.default_backend() == "cpu"
+
+
 def place() -> str:
     """`[process 3/16 host] `, the head of an error message; nothing where there is one process."""
     return f"[process {_process.index}/{_process.count} {_process.host}] " if _process.count > 1 else ""

@@ -67,6 +67,7 @@ class Loop:
     compare: Callable[[State], Any]
     agreed: Callable[[int], None]
     say: Callable[[str], None]
+    inline: bool = False  # an update is done when its call returns, so 3 is of update n
     snapshot: Callable[[int, State], None] | None = None
 
     def run(self, state: State, batches: Iterable[tuple[int, Any]], first_step: int) -> tuple[State, int]:
@@ -79,19 +80,23 @@ class Loop:
         for index, batch in batches:
             self.beat("compile" if index == first_step else "step", index)
             state, metrics = self.step(state, batch, self.stop.flags())
+            if index == first_step and not self.inline:
+                self.clock.restart(index)  # the call waited for the compilation
             if pending:
                 self.beat("metrics", index)
                 self._read(*pending)
             done, pending = index + 1, (index + 1, metrics)
             if self._compares(done):
                 metrics["copies"] = self.compare(state)
-            if self._due(done):
+            due = self._due(done)
+            if due or self.inline:
                 self.beat("metrics", done)
                 self._read(*pending)
                 pending = None
+            if due:
                 self._after(done, state)
-            if self._stopped:
-                break
+                if self._stopped:
+                    break
             self.beat("data", done)
         return state, self._stopped
 
@@ -146,7 +151,7 @@ class Loop:
         if skipped or done % self.config.log_every == 0 or done == self.config.steps:
             self.recorder.write(done, metrics | self.clock.tick(done) | self.check_save())
         elif done == self._first + 1:
-            self.clock.restart(done)  # the first update held the compilation
+            self.clock.restart(done)  # the first update found nothing warm
 
     def _judged(self, done: int, metrics: dict[str, Any]) -> bool:
         """Whether the update was skipped. Raises where the loop is not to go on."""

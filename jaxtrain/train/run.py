@@ -261,6 +261,7 @@ def _looped(opened: _Opened, stop: StopFlag, start: Start) -> tuple[State, int]:
             compare=opened.copies and opened.copies.compare,
             agreed=opened.verified.agree,
             say=lambda line: _say(opened.process, line),
+            inline=runtime.inline(),
             snapshot=opened.snapshots and snapshot,
         )
         if start.tier == "snapshot" and start.step >= config.steps:

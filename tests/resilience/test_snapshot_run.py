@@ -59,11 +59,13 @@ class Log:
         assert number == 0
 
 
-def looped(wired, **fields):
+def looped(wired, inline=False, say_steps=False, **fields):
     log = Log()
     config = replace(TINY, eval=None, steps=6, log_every=1, **fields)
 
     def step(state, batch, flags):
+        if say_steps:
+            log.lines.append(f"step {state + 1}")
         return state + 1, {"train/loss": np.float32(1), "train/grad_norm": np.float32(1), "stop": np.int32(0)}
 
     def taken(kind):
@@ -74,7 +76,7 @@ def looped(wired, **fields):
 
     quiet = dict(last_good=str, beat=silent, judge=Judge(config.health), compare=silent, agreed=silent, say=silent)
     hooks = dict(evaluate=silent, save=taken("save"), check_save=dict, snapshot=taken("snapshot") if wired else None)
-    loop = Loop(config=config, step=step, stop=log, recorder=log, clock=log, **hooks, **quiet)
+    loop = Loop(config=config, step=step, stop=log, recorder=log, clock=log, inline=inline, **hooks, **quiet)
     loop.run(0, [(i, None) for i in range(6)], 0)
     return log.lines
 
@@ -82,14 +84,27 @@ def looped(wired, **fields):
 def test_a_snapshot_is_taken_when_its_row_and_all_before_it_are_on_disk():
     lines = looped(True, snapshot=SnapshotConfig(every=2), checkpoint=CheckpointConfig(every=4))
     assert lines == [
-        *("row 1", "row 2", "flush", "snapshot 2"),
+        *("restart 0", "row 1", "row 2", "flush", "snapshot 2"),
         *("row 3", "row 4", "flush", "snapshot 4", "save 4", "restart 4"),
         *("row 5", "row 6", "flush", "snapshot 6", "save 6", "restart 6"),
     ]
 
 
 def test_without_a_supervisors_folder_the_loop_does_what_it_did():
-    assert looped(False, snapshot=SnapshotConfig(every=2)) == [*(f"row {i}" for i in range(1, 7)), "flush", "save 6", "restart 6"]
+    assert looped(False, snapshot=SnapshotConfig(every=2)) == [
+        *("restart 0", *(f"row {i}" for i in range(1, 7)), "flush", "save 6", "restart 6")
+    ]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_row_of_an_update_is_written_when_it_is_done(inline):
+    """The clock counts between rows: from `restart 0`, when nothing compiles any more, or with the compilation."""
+    lines = looped(False, inline=inline, say_steps=True)
+    dispatched = [lines.index(f"step {i}") for i in range(1, 7)]
+    rows = [lines.index(f"row {i}") for i in range(1, 7)]
+    assert ("restart 0" in lines) != inline
+    assert all((row < after) == inline for row, after in zip(rows, dispatched[1:]))
+    assert lines[-4:] == ["row 6", "flush", "save 6", "restart 6"]
 
 
 def test_a_runs_snapshots_are_flags_of_its_config():
