@@ -42,10 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         runtime = sys.modules.get("jaxtrain.runtime")  # where there may be several processes
         _flush(sys.stdout)
-        print(f"{runtime.place() if runtime else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        code, said = getattr(error, "exit_code", Exit.MISUSED), f"{type(error).__name__}: {error}"
+        print(f"{runtime.place() if runtime else ''}{said}", file=sys.stderr, flush=True)
         if runtime:
-            runtime.last_words()
-        return getattr(error, "exit_code", Exit.MISUSED)
+            runtime.last_words(said, code)
+        return code
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
 
@@ -60,12 +61,12 @@ def entry() -> None:
     and let the threads of sinks that failed print their own tracebacks over the message."""
     try:
         code = main()
-    except Exception:  # a fault of ours, or of the user's own model, sink or ending
+    except Exception as error:  # a fault of ours, or of the user's own model, sink or ending
+        code = 1
         _flush(sys.stdout)
         traceback.print_exc()
         if runtime := sys.modules.get("jaxtrain.runtime"):
-            runtime.last_words()
-        code = 1
+            runtime.last_words(repr(error), code)
     if code:
         _flush(sys.stdout)
         _flush(sys.stderr)

@@ -47,6 +47,18 @@ def serves() -> bool:
     return state.service is not None and state.num_processes > 1
 
 
+def follow(prefix: str, every_s: float, heard: Callable[[str], None]) -> None:
+    """Looks so often, on a thread, and calls `heard` with the first value that somebody publishes below `prefix`."""
+
+    def look() -> None:
+        with contextlib.suppress(Exception):  # as in _talk
+            while not (found := _client().key_value_dir_get(f"{prefix}/")):
+                time.sleep(every_s)
+            heard(found[0][1])
+
+    threading.Thread(target=look, name="follow", daemon=True).start()
+
+
 def _talk(every_s: float) -> None:
     with contextlib.suppress(Exception):  # the service has ended: so has this process, soon
         while True:

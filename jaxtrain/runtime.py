@@ -47,7 +47,8 @@ CPU_FLAGS = {
     # It aborts on a bfloat16 all-reduce within a shard_map over some axes of a mesh; CPUs sum bfloat16 without it.
     "xla_disable_hlo_passes": "all-reduce-promotion",
 }
-_LAST_S = 2.0  # for the other processes to say for themselves why they end
+_END, _FOLLOW_S = "jaxtrain/end", 0.5
+_LAST_S = 2.0  # for the other processes to hear why they end, or to say so for themselves
 _HEARD_S = 15.0  # for the other processes to hear a verdict before the first of them leaves
 _round = itertools.count()
 
@@ -121,10 +122,25 @@ def place() -> str:
     return f"[process {_process.index}/{_process.count} {_process.host}] " if _process.count > 1 else ""
 
 
-def last_words() -> None:
-    """Before this process ends in an error: process 0 holds what the others hang on, and without it they crash."""
-    if _process.lead and _process.count > 1:
-        time.sleep(_LAST_S)
+def last_words(error: str, code: int) -> None:
+    """Before this process ends in an error: process 0 holds what the others hang on, and without it they crash. Where
+    nobody supervises them they end with it, by its code and its error's first line."""
+    if not (_process.lead and _process.count > 1):
+        return
+    if coordination.serves():
+        with contextlib.suppress(Exception):  # nobody hears it any more
+            coordination.put(f"{_END}/0", json.dumps([error.split("\n")[0], code]), _LAST_S)
+    time.sleep(max(_LAST_S, 2 * _follow_s()))
+
+
+def _follow_s() -> float:
+    return max(_FOLLOW_S, _process.count / coordination.TALKS_A_SECOND)
+
+
+def _end_with_lead(said: str) -> None:
+    error, code = json.loads(said)
+    print(f"{place()}process 0 has ended: {error}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def leave_last() -> None:
@@ -345,6 +361,8 @@ def _join(me: Member, deadline_s: float) -> None:
         )
     except RuntimeError as error:
         raise RunError("jax.distributed did not start.", got=str(error), rule="it comes before any device") from error
+    if me.index:
+        coordination.follow(_END, _follow_s(), _end_with_lead)
 
 
 def _verdict(key: str, deadline_s: float) -> dict[str, str] | None:

@@ -84,7 +84,7 @@ def test_process_0_ends_after_the_others_that_hang_on_it(monkeypatch, index, cou
     slept = []
     monkeypatch.setattr(runtime, "_process", runtime.Process(index=index, count=count))
     monkeypatch.setattr(runtime.time, "sleep", slept.append)
-    runtime.last_words()
+    runtime.last_words("RunError: no.", 1)
     assert bool(slept) == waits
 
 

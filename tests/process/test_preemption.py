@@ -152,5 +152,15 @@ def test_the_process_that_serves_the_others_leaves_after_them(place):
 
 def test_a_fault_in_code_of_the_users_ends_all_processes(place):
     (code, lead), (other, said) = map(ended, pair(place, "broken", p0={"BROKEN": "1"}))
-    assert code == 1 and "ValueError: a fault of the user's own code" in lead
-    assert other != 0, said
+    assert (code, other) == (1, 1)
+    assert "ValueError: a fault of the user's own code" in lead
+    assert said.splitlines()[-1].endswith("""process 0 has ended: ValueError("a fault of the user's own code")"""), said
+
+
+def test_a_mistake_that_only_the_first_process_can_see_ends_all_with_its_words_and_its_code(place):
+    (place / "runs" / "blocked").mkdir(parents=True)
+    (place / "runs" / "blocked" / "metrics.jsonl").mkdir()
+    (code, lead), (other, said) = map(ended, pair(place, "blocked"))
+    assert (code, other) == (1, 1), lead + said
+    assert "RunError: cannot write metrics" in lead and "process 0 has ended: RunError: cannot write metrics" in said
+    assert "Check failure stack trace" not in said
