@@ -417,7 +417,7 @@ def _git() -> dict[str, Any]:
     root = Path(__file__).parent.parent
     try:
         revision = _run_git(root, "rev-parse", "HEAD").strip()
-        changed = _run_git(root, "status", "--porcelain").splitlines()
+        changed = _run_git(root, "status", "--porcelain", "--untracked-files=no").splitlines()
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"revision": revision, "dirty": bool(changed), "changed": [line[3:] for line in changed][:20]}

@@ -181,6 +181,7 @@ def test_a_dirty_checkout_names_its_changed_files(tmp_path, monkeypatch):
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "x")
+    (tmp_path / "notes").touch()  # which git does not track
     clean = runtime._git()
     file.write_text("a = 1\n")
     dirty = runtime._git()

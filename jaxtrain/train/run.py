@@ -320,6 +320,9 @@ def _notes(config: RunConfig, mesh: Mesh, opened: _Opened, start: Start) -> Iter
     if runs_pipeline(config, mesh.shape):
         yield describe(config, mesh.shape)
     yield from chosen(opened.blueprint)
+    if config.optim.schedule.warmup >= config.steps:
+        warmup = config.optim.schedule.warmup
+        yield f"optim.schedule.warmup = {warmup} of {config.steps} steps: the rate rises to the end and never decays"
     if opened.copies and opened.copies.num_alone:
         compared, alone = len(opened.copies.shapes), opened.copies.num_alone
         yield f"copies are compared of {compared} of {compared + alone} arrays; this mesh holds the others once"

@@ -1,11 +1,14 @@
 """Schedules equal their closed forms at the points that matter."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from jaxtrain.train.schedule import WSD, Cosine, Linear
+from tests.resilience.runs import configured, run
+from tests.resilience.values import CONFIG
 
 STEPS = 1000
 EXACT = 1e-6  # relative; one fp32 rounding or two
@@ -38,3 +41,10 @@ def test_wsd_is_flat_until_its_decay_begins():
 
 def test_a_run_of_one_step_has_a_rate():
     assert float(Cosine(warmup=0).factor(0, 1)) > 0
+
+
+@pytest.mark.parametrize("warmup", [1, 2])
+def test_a_warm_up_that_outlasts_the_run_is_said(tmp_path, monkeypatch, capsys, warmup):
+    optim = dataclasses.replace(CONFIG.optim, schedule=Linear(warmup=warmup))
+    assert run(configured(tmp_path, steps=2, optim=optim), monkeypatch) == 0
+    assert ("the rate rises to the end and never decays" in capsys.readouterr().out) == (warmup == 2)
