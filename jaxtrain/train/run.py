@@ -72,6 +72,7 @@ def train(config: RunConfig, process: runtime.Process, notice: Notice, *, accept
         if process.lead:
             folder = RunFolder(config, runtime.environment(), accept_changes)
             stack.callback(folder.close)
+            peak_flops(config.precision.compute)  # kept; of a CPU it is timed, and later threads of this run take its cores
         runtime.barrier("run folder", deadline_s=300)
         stack.enter_context(process_log(config.run_dir, process.index))
         return _run(config, mesh, process, notice, stack, accept_changes, pulse)

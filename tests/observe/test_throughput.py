@@ -1,13 +1,18 @@
 """The peak that MFU is a share of, on pretend devices; published numbers against NVIDIA's data sheets."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import pytest
 
+from jaxtrain import runtime
 from jaxtrain.observe import throughput
 from jaxtrain.observe.throughput import peak_flops
+from jaxtrain.train import run
+from jaxtrain.train.notice import Notice
 from meshes import topology
+from tests.tiny import TINY
 
 # Dense TFLOP/s of bfloat16 (data sheets; with sparsity halved).
 PUBLISHED = {
@@ -78,3 +83,11 @@ def test_the_rate_of_a_matmul_is_its_work_over_its_shortest_time(monkeypatch):
 def test_this_machine_has_a_rate():
     peak_flops.cache_clear()
     assert peak_flops("float32") > 1e8
+
+
+def test_a_cpu_is_timed_before_the_run_has_threads_that_take_its_cores(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(run, "peak_flops", lambda dtype: order.append("timed"))
+    monkeypatch.setattr(run, "_run", lambda *_: order.append("opened"))
+    run.train(replace(TINY, runs_dir=str(tmp_path)), runtime.Process(index=0, count=1), Notice({}))
+    assert order == ["timed", "opened"]
