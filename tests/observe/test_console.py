@@ -1,0 +1,29 @@
+"""What a terminal shows while a run trains: rows, and below them the bar."""
+
+import io
+import re
+
+from rich.console import Console
+
+from jaxtrain.observe.console import ConsoleWriter
+
+
+def shown(write) -> str:
+    """All that `write(writer, now)` and the end put on a terminal; now[0] is its clock."""
+    now, file = [0.0], io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120, get_time=lambda: now[0], soft_wrap=True, highlight=False)
+    writer = ConsoleWriter(0, 100, console)
+    write(writer, now)
+    writer.close()
+    return file.getvalue()
+
+
+def test_the_time_left_is_shown_however_far_apart_rows_are():
+    def rows(writer, now):
+        for step in (1, 2, 3):
+            now[0] += 40
+            writer.write({"step": step, "train/loss": 1.0})
+
+    said = shown(rows)
+    assert "step   3/100  loss 1.0000" in said
+    assert re.findall(r"\d:\d\d:\d\d", said)[-2:] == ["0:02:00", "1:04:40"]  # 97 steps of 40 s
