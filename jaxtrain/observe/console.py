@@ -29,12 +29,20 @@ def line(row: Row, steps: int) -> str:
     return "  ".join([f"step {row['step']:>{len(str(steps))}}/{steps}", *parts])
 
 
-class ConsoleWriter:
-    """`console`: stdout, where none is given."""
+class Stdout(Console):
+    """rich's, but for what it does to a terminal that a process does not live to undo."""
 
-    def __init__(self, first_step: int, steps: int, console: Console | None = None):
+    def show_cursor(self, show: bool = True) -> bool:
+        """Never hidden: after SIGKILL, or a second Ctrl-C, it would stay so."""
+        return False
+
+
+class ConsoleWriter:
+    """`console`: another than that of this process."""
+
+    def __init__(self, first_step: int, steps: int, console: Stdout | None = None):
         self._steps, self._bar = steps, None
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Stdout(highlight=False, soft_wrap=True)
         if self._console.is_terminal:
             columns = TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
             # the time left is by the last 1,000 rows however far apart: of rich's 30 s two slow ones are never in

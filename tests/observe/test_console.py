@@ -3,15 +3,13 @@
 import io
 import re
 
-from rich.console import Console
-
-from jaxtrain.observe.console import ConsoleWriter
+from jaxtrain.observe.console import ConsoleWriter, Stdout
 
 
 def shown(write) -> str:
     """All that `write(writer, now)` and the end put on a terminal; now[0] is its clock."""
     now, file = [0.0], io.StringIO()
-    console = Console(file=file, force_terminal=True, width=120, get_time=lambda: now[0], soft_wrap=True, highlight=False)
+    console = Stdout(file=file, force_terminal=True, width=120, get_time=lambda: now[0], soft_wrap=True, highlight=False)
     writer = ConsoleWriter(0, 100, console)
     write(writer, now)
     writer.close()
@@ -27,3 +25,8 @@ def test_the_time_left_is_shown_however_far_apart_rows_are():
     said = shown(rows)
     assert "step   3/100  loss 1.0000" in said
     assert re.findall(r"\d:\d\d:\d\d", said)[-2:] == ["0:02:00", "1:04:40"]  # 97 steps of 40 s
+
+
+def test_the_cursor_is_never_hidden_so_that_no_kill_leaves_it_so():
+    said = shown(lambda writer, now: writer.write({"step": 1, "train/loss": 1.0}))
+    assert "training" in said and "\x1b[?25" not in said
