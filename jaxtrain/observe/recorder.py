@@ -27,7 +27,11 @@ class Recorder:
     """
 
     def __init__(self, sinks: tuple[Sink, ...], run_dir: Path, first_step: int, steps: int):
-        self._writers = [_Patient(sink, run_dir, first_step, steps) for sink in sinks]
+        with contextlib.ExitStack() as opened:
+            # those before one that cannot be opened are closed: the console's bar would be drawn again below the error
+            patient = (_Patient(sink, run_dir, first_step, steps) for sink in sinks)
+            self._writers = [opened.enter_context(contextlib.closing(writer)) for writer in patient]
+            opened.pop_all()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """A row that a disk does not take waits in memory, and that is said. Raises RunError where too many wait."""
