@@ -50,7 +50,23 @@ def test_a_reader_that_leaves_is_no_error(argv):
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "jaxtrain", *argv], cwd=ROOT, stdout=write, stderr=-1, text=True, timeout=60)
     os.close(write)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_reader_that_leaves_a_run_ends_it_as_any_other_command(tmp_path):
+    (tmp_path / "config.py").write_text("from tests.tiny import TINY as config")
+    command = [sys.executable, "-m", "jaxtrain", "train", "config.py", "--steps", "1000000", "--log-every", "1"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=-1, stderr=-1, text=True) as run:
+        try:
+            read = [run.stdout.readline() for _ in range(4)]
+            run.stdout.close()
+            code = run.wait(timeout=60)
+            said = run.stderr.read()
+        finally:
+            run.kill()
+    assert "step       3/1000000" in read[3]
+    assert (code, said) == (141, "")
 
 
 @pytest.mark.parametrize("command", ["--help", "show configs/quickstart.py"])

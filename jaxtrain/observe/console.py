@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,8 +31,17 @@ def line(row: Row, steps: int) -> str:
     return "  ".join([f"step {row['step']:>{len(str(steps))}}/{steps}", *parts])
 
 
+class Unread(BrokenPipeError):
+    """Whoever read stdout has left. No disk of which room may be waited for: it ends the command, as `print` would."""
+
+
 class Stdout(Console):
-    """rich's, but for what it does to a terminal that a process does not live to undo."""
+    """rich's, that leaves it to the command how it ends and to the terminal what it looks like then."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises Unread; rich would end the process with 1. More that is written on the way out is dropped."""
+        self.quiet = True
+        raise Unread(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def show_cursor(self, show: bool = True) -> bool:
         """Never hidden: after SIGKILL, or a second Ctrl-C, it would stay so."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.errors import RunError
+from jaxtrain.observe.console import Unread
 from jaxtrain.observe.sinks import Row, Sink, Value, Writer
 
 
@@ -111,6 +112,8 @@ class _Patient:
                 except OSError:
                     self._waiting.appendleft(row)
                     raise
+        except Unread:
+            raise
         except OSError as error:
             return self._refused(error)
         if self._why:
