@@ -373,4 +373,9 @@ def _coordinates(mesh: Mesh) -> str:
 
 def _say(process: runtime.Process, line: str) -> None:
     if process.lead:
-        print(line, flush=True, file=sys.stdout)
+        try:
+            print(line, flush=True, file=sys.stdout)
+        except BrokenPipeError:  # who reads has left: the command ends
+            raise
+        except OSError:
+            pass  # a full disk under stdout is no reason to stop a run
