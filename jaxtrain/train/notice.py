@@ -5,6 +5,7 @@ That all processes stop after the same step is signals.py's work.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -125,7 +126,10 @@ def _wake(number: int, frame: object) -> None:
 
 
 def _say(line: str) -> None:
-    os.write(sys.__stderr__.fileno(), f"{line}\n".encode())  # the main thread may hold the lock of sys.stderr
+    """A full disk under stderr loses the line: the thread that says it has still to act."""
+    if sys.__stderr__:  # None is one that was closed before the start
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno(), f"{line}\n".encode())  # the main thread may hold the lock of sys.stderr
 
 
 def _leave(code: Exit, line: str) -> NoReturn:

@@ -57,6 +57,16 @@ def test_where_nothing_would_be_lost_a_signal_ends_a_process_that_hangs_in_c(num
     assert "nothing to save; the same command continues" in said
 
 
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
+def test_a_stderr_that_takes_nothing_does_not_keep_a_signal_from_being_acted_on(stderr):
+    lines = START + "".join(f"    {line}\n" for line in HANG.splitlines())
+    shell = ["sh", "-c", f'exec "$@" {stderr}', "sh", sys.executable, "-c", lines]
+    process = subprocess.Popen(shell, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == Exit.PREEMPTED
+
+
 def test_where_a_state_is_to_be_saved_sigterm_waits_however_often_it_comes():
     process = start("notice.guard()\nprint('up', flush=True)\nwhile not notice.signal: time.sleep(.01)\ntime.sleep(1)\nos._exit(9)")
     for _ in range(5):
