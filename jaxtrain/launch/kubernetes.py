@@ -131,14 +131,15 @@ def _mount(config: RunConfig) -> str:
 
 
 def _name(config: RunConfig) -> str:
-    """The run's name as a DNS label. Raises ConfigError where it is too long for one."""
+    """The run's name as the label that RFC 1035 has for a service. Raises ConfigError where it makes none."""
     name = re.sub("[^a-z0-9]+", "-", config.name.lower()).strip("-")
-    if not name or len(name) > NAME_LENGTH:
+    if not name[:1].isalpha() or len(name) > NAME_LENGTH:
+        other = f"run-{name}".strip("-")
         raise ConfigError(
             f"name = {config.name!r} makes no name for Kubernetes.",
             got=f"{name!r}, {len(name)} characters",
-            rule=f"1 to {NAME_LENGTH} of a-z, 0-9 and -: pods and their addresses are named after it",
-            fix="--name with fewer characters",
+            rule=f"1 to {NAME_LENGTH} of a-z, 0-9 and -, a letter first: pods, a service and their addresses are named after it",
+            fix=f"--name {other if len(other) <= NAME_LENGTH else 'with fewer characters, a letter first'}",
         )
     return name
 

@@ -153,10 +153,16 @@ def test_what_the_program_cannot_know_is_asked_for(flag):
         main(["config.py", *needed[:at], *needed[at + 2 :]])
 
 
-@pytest.mark.parametrize("name", ["___", "a" * 41])
-def test_a_name_that_makes_no_address_is_refused(name):
-    with pytest.raises(ConfigError, match="makes no name for Kubernetes"):
-        main(["config.py", *NEEDED, "--name", name])
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("___", "run"), ("8b", "run-8b"), ("-8.B_", "run-8-b"), ("a" * 41, "with fewer characters"), ("8" * 37, "with fewer characters")],
+)
+def test_a_name_that_makes_no_address_is_refused_with_one_that_does(name, fix, capsys):
+    with pytest.raises(ConfigError, match="makes no name for Kubernetes") as error:
+        main(["config.py", *NEEDED, f"--name={name}"])
+    assert error.value.fix.startswith(f"--name {fix}")
+    if fix.startswith("run"):
+        assert manifest(capsys, *error.value.fix.split())["metadata"]["name"] == fix
 
 
 def test_a_runs_dir_that_is_the_root_of_a_container_is_refused():
