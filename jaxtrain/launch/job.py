@@ -54,9 +54,9 @@ def host_command(call: Call, python: Sequence[str]) -> list[str]:
 
 
 def header(what: str, argv: Sequence[str]) -> str:
-    """How a file came to be, as comments."""
+    """How a file came to be, as comments: of several lines where a word has them."""
     made = shlex.join(["jaxtrain", "launch", *argv])
-    return f"# {what}\n# Made by, and made anew by: {made}\n"
+    return "".join(f"# {line}\n" for line in f"{what}\nMade by, and made anew by: {made}".splitlines())
 
 
 def write(path: Path, text: str, mode: int) -> None:

@@ -73,6 +73,19 @@ def test_each_host_runs_the_same_words_and_they_survive_the_shell(capsys, place)
     assert words[words.index(sys.executable) :] == [*trainer, "--name", "it's a 'run'"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=repr)
+def test_a_word_of_several_lines_leaves_the_header_a_comment(capsys, place, end):
+    sample = "from jaxtrain.observe.ending import Sample\nconfig = dataclasses.replace(config, endings=(Sample(prompts=('',)),))"
+    (place / "config.py").write_text(f"import dataclasses\n{CONFIG}\n{sample}\n")
+    word = f"def f():{end}touch {place}/ran{end}"
+    script = printed(capsys, "--nodes", "1", "--gpus-per-node", "0", "--endings.0.prompts", word)
+    lines = script.split("\n")
+    assert all(line.startswith("#") for line in lines[: lines.index("#SBATCH --nodes=1")])
+    program(place, "srun", f"printf '%s' \"${{@: -1}}\" > {place}/said")
+    subprocess.run(["bash", "-c", script], check=True, timeout=DEADLINE_S)
+    assert (place / "said").read_bytes().decode() == word and not (place / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("code", "saves", "again"),
     [(0, True, False), (2, True, False), (65, True, False), (74, False, True), (75, False, True), (1, False, False), (1, True, True), (137, True, True)],
