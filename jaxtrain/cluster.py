@@ -44,11 +44,11 @@ def _ours(env: Mapping[str, str], given: list[str]) -> Member | None:
     count, index = (env.get(name, "") for name in OURS[1:])
     service = env.get(SERVICE)
     host, _, port = (service or env.get(OURS[0], "")).rpartition(":")
-    if not (host and port.isdecimal() and count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+    if not (host and is_port(port) and count.isdecimal() and index.isdecimal() and int(index) < int(count)):
         raise RunError(
             "The JAXTRAIN_* environment does not say who this process is.",
             got=", ".join(f"{name}={env[name]}" for name in given),
-            rule=f"{OURS[0]}=host:port of process 0, {OURS[1]}=N, {OURS[2]}=0..N-1, all three",
+            rule=f"{OURS[0]}=host:port of process 0, a port of 1 to 65535, {OURS[1]}=N, {OURS[2]}=0..N-1, all three",
             fix="set all three in every process, or none",
         )
     return Member(coordinator=service or env[OURS[0]], count=int(count), index=int(index), hosted=not service)
@@ -98,6 +98,10 @@ def _all_gpus(env: Mapping[str, str]) -> bool:
     """
     one_per_node = env.get("SLURM_NTASKS", "") == env.get("SLURM_STEP_NUM_NODES")
     return one_per_node or "SLURM_GPUS_PER_TASK" in env or env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+
+
+def is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 65536
 
 
 def few(items: Sequence[object]) -> str:

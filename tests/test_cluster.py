@@ -66,6 +66,9 @@ def test_one_process_by_our_own_variables_is_alone_whatever_else_is_there():
         {"JAXTRAIN_NUM_PROCESSES": "many"},
         {"JAXTRAIN_COORDINATOR": "host-a"},
         {"JAXTRAIN_COORDINATOR": ":9000"},
+        {"JAXTRAIN_COORDINATOR": "host-a:0"},
+        {"JAXTRAIN_COORDINATOR": "host-a:65536"},
+        {"JAXTRAIN_SERVICE": "host-a:70000"},
     ],
 )
 def test_our_own_variables_that_make_no_sense_are_refused(change):
