@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxtrain.cluster import is_port
 from jaxtrain.errors import RunError
 
 HOSTS, INDEX = "JAXTRAIN_HOSTS", "JAXTRAIN_HOST_INDEX"
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
 PORTS = 4096  # the last ones, which a Slurm job's hosts have from the one of its number on: nodes may be on one machine
 _GROUP = re.compile(r"[^,\[\]]+(?:\[[^\]]*\][^,\[\]]*)*")  # of a list, up to a comma that is in no brackets
+_RANGE = re.compile(r"\d+(-\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +56,12 @@ def roster(env: Mapping[str, str] = os.environ) -> Roster | None:
 def _ours(env: Mapping[str, str]) -> Roster | None:
     addresses = expanded(env[HOSTS])
     index = env.get(INDEX, env.get("JOB_COMPLETION_INDEX", ""))
-    ports = [address.rpartition(":")[2].isdecimal() for address in addresses]
+    ports = [is_port(address.rpartition(":")[2]) for address in addresses]
     if not (addresses and all(ports) and index.isdecimal() and int(index) < len(addresses) == len({*addresses})):
         raise RunError(
             "The environment does not say which host this is.",
             got=f"{HOSTS}={env[HOSTS]}, {INDEX}={index or 'nothing'}",
-            rule=f"{HOSTS}=host:port of each host's supervisor, all different; {INDEX} counts them from 0",
+            rule=f"{HOSTS}=host:port of each host's supervisor, a port of 1 to 65535, all different; {INDEX} counts them from 0",
             fix="set both on every host, or neither where there is one host",
         )
     return Roster(index=int(index), addresses=tuple(addresses)) if len(addresses) > 1 else None
@@ -79,7 +81,7 @@ def _slurm(env: Mapping[str, str]) -> Roster:
 
 
 def expanded(text: str) -> list[str]:
-    """"a,n[01-03,7]x" -> a, n01x, n02x, n03x, n7x."""
+    """"a,n[01-03,7]x" -> a, n01x, n02x, n03x, n7x. Raises RunError."""
     return [name for group in _GROUP.findall(text) for name in _of(group.strip())]
 
 
@@ -90,6 +92,13 @@ def _of(group: str) -> list[str]:
     ranges, _, tail = rest.partition("]")
     numbers = []
     for part in ranges.split(","):
+        if not _RANGE.fullmatch(part):
+            raise RunError(
+                "A list of hosts cannot be read.",
+                got=f"[{ranges}] in {group!r}",
+                rule="brackets hold numbers and ranges of them",
+                fix=f"{HOSTS}='node-[01-16,20]:7600', or every host by its name",
+            )
         first, _, last = part.partition("-")
         numbers += [f"{n:0{len(first)}}" for n in range(int(first), int(last or first) + 1)]
     return [f"{head}{number}{end}" for number in numbers for end in _of(tail) or [""]]

@@ -53,9 +53,18 @@ def test_one_host_has_no_roster(env):
         {"JAXTRAIN_HOSTS": "a:1,b", "JAXTRAIN_HOST_INDEX": "0"},
         {"JAXTRAIN_HOSTS": "a:1,a:1", "JAXTRAIN_HOST_INDEX": "0"},
         {"JAXTRAIN_HOSTS": "", "JAXTRAIN_HOST_INDEX": "0"},
+        {"JAXTRAIN_HOSTS": "a:0,b:1", "JAXTRAIN_HOST_INDEX": "0"},
+        {"JAXTRAIN_HOSTS": "a:65536,b:1", "JAXTRAIN_HOST_INDEX": "0"},
         SLURM | {"SLURM_NTASKS": "8"},
     ],
 )
 def test_what_does_not_tell_which_host_this_is_is_refused(env):
     with pytest.raises(RunError):
         roster(env)
+
+
+@pytest.mark.parametrize("ranges", ["a-b", "", "1-", "-1", "1-2-3", "1,", "1,x"])
+def test_brackets_that_hold_no_numbers_are_refused_as_they_stand(ranges):
+    with pytest.raises(RunError, match="A list of hosts cannot be read") as error:
+        roster({"JAXTRAIN_HOSTS": f"a:1,node-[{ranges}]:7600", "JAXTRAIN_HOST_INDEX": "0"})
+    assert f"[{ranges}] in 'node-[{ranges}]:7600'" in error.value.got
