@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return Exit.UNREAD
     except UserError as error:
         runtime = sys.modules.get("jaxtrain.runtime")  # where there may be several processes
-        _flush(sys.stdout)
+        _flushed(sys.stdout)
         code, said = getattr(error, "exit_code", Exit.MISUSED), f"{type(error).__name__}: {error}"
         print(f"{runtime.place() if runtime else ''}{said}", file=sys.stderr, flush=True)
         if runtime:
@@ -63,20 +64,34 @@ def entry() -> None:
         code = main()
     except Exception as error:  # a fault of ours, or of the user's own model, sink or ending
         code = 1
-        _flush(sys.stdout)
+        _flushed(sys.stdout)
         traceback.print_exc()
         if runtime := sys.modules.get("jaxtrain.runtime"):
             runtime.last_words(repr(error), code)
     if code:
-        _flush(sys.stdout)
-        _flush(sys.stderr)
+        _flushed(sys.stdout)
+        _flushed(sys.stderr)
         os._exit(code)
 
 
+def _flushed(stream: TextIO | None) -> None:
+    """As far as it can be."""
+    with contextlib.suppress(Exception):
+        _flush(stream)
+
+
 def _flush(stream: TextIO | None) -> None:
-    """None is one that was closed before the start: `jaxtrain ... >&-`."""
-    if stream:
-        stream.flush()
+    """None is one that was closed before the start: `jaxtrain ... >&-`. Raises RunError for a disk that is full."""
+    from jaxtrain.errors import RunError
+
+    try:
+        if stream:
+            stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python tries again where it ends: 120
+        raise RunError("the output was not written.", got=error.strerror or str(error)) from error
 
 
 if __name__ == "__main__":

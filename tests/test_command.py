@@ -69,6 +69,13 @@ def test_a_reader_that_leaves_a_run_ends_it_as_any_other_command(tmp_path):
     assert (code, said) == (141, "")
 
 
+def test_output_that_a_full_disk_does_not_take_is_an_error(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "jaxtrain"], cwd=ROOT, env=env, stdout=full, stderr=-1, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "RunError: the output was not written.\n  got   No space left on device\n")
+
+
 @pytest.mark.parametrize("command", ["--help", "show configs/quickstart.py"])
 def test_output_that_was_closed_before_the_start_is_no_error(command):
     line = f"{sys.executable} -m jaxtrain {command} >&-"

@@ -181,11 +181,12 @@ def _axes(spec: list[Any]) -> str:
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from jaxtrain.observe.console import Stdout
 
     table = Table(*head, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(str, row))
     terminal = sys.stdout.isatty()  # elsewhere lines are for grep: as wide as they are
-    Console(width=None if terminal else 10_000, soft_wrap=not terminal).print(table)
+    Stdout(width=None if terminal else 10_000, soft_wrap=not terminal).print(table)

@@ -352,10 +352,11 @@ def _end(process: runtime.Process, finished: Finished) -> None:
     if process.lead:
         if (config.run_dir / "metrics.jsonl").exists():
             try:
-                print(f"loss plot   {plot_loss(config.run_dir)}")
+                plot = plot_loss(config.run_dir)
             except OSError as error:  # the run itself is complete
-                print(f"loss plot   none: {error.strerror}")
-        print(f"run folder  {config.run_dir}", flush=True)
+                plot = f"none: {error.strerror}"
+            _say(process, f"loss plot   {plot}")
+        _say(process, f"run folder  {config.run_dir}")
 
 
 def _headline(config: RunConfig, mesh: Mesh) -> str:
