@@ -36,7 +36,7 @@ class Call:
         return self.load_both(*also)[1]
 
     def load_both(self, *also: type) -> tuple[RunConfig, RunConfig]:
-        """The config as its file says, not checked, and as `load` gives it."""
+        """The config as its file says, of which only the kinds are checked, and as `load` gives it."""
         from jaxtrain.config import load_both
 
         return load_both(self.config, self.overrides, _names(type(self.options), Process, *also))

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from jaxtrain import ranges
+from jaxtrain import kinds, ranges
 from jaxtrain.checkpoint.policy import CheckpointConfig
 from jaxtrain.data.source import Mixture, Source, check_disjoint, check_tokenizers, check_vocab
 from jaxtrain.errors import ConfigError
 from jaxtrain.loading import execute, full_name
 from jaxtrain.observe.ending import Ending
 from jaxtrain.observe.sinks import Console, Jsonl, Sink, TensorBoard
+from jaxtrain.protocols import ModelConfig
 from jaxtrain.resilience.deadlines import Deadlines
 from jaxtrain.resilience.health import Health
 from jaxtrain.resilience.policy import SnapshotConfig
@@ -24,7 +25,7 @@ from jaxtrain.train.replicas import Replicas, Together
 from jaxtrain.xla import XlaFlags
 from meshes import DEFAULT, MeshConfig, Rules
 
-M = TypeVar("M")  # the architecture's config: any dataclass that satisfies protocols.ModelConfig
+M = TypeVar("M", bound=ModelConfig)  # the architecture's config: any dataclass that satisfies it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), flags: Iterable[str] =
 
 
 def load_both(path: str | Path, overrides: Iterable[str], flags: Iterable[str] = ()) -> tuple[RunConfig, RunConfig]:
-    """The config as its file says, not checked, and as `load` gives it."""
+    """The config as its file says, of which only the kinds are checked, and as `load` gives it."""
     from jaxtrain.overrides import apply
 
     plain = _from_file(Path(path))
@@ -120,11 +121,13 @@ def _from_file(path: Path) -> RunConfig:
             got=f"config = {config!r}",
             rule="the file binds the name `config` to a RunConfig",
         )
+    kinds.check(config)  # first: overrides rest on what is there
     return config
 
 
 def check(config: RunConfig) -> RunConfig:
     """The config itself, if its fields agree with each other; a device count is not needed. Raises ConfigError."""
+    kinds.check(config)
     _check_plain(config)
     from_one = dict.fromkeys(("steps", "batch", "seq_len", "accumulate", "log_every"), ranges.whole(1))
     ranges.check("", config, **from_one, z_loss=ranges.FROM_ZERO, seed=ranges.SEED)

@@ -9,6 +9,7 @@ import io
 import itertools
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -240,7 +241,9 @@ def _nearest(path: Path, known: list[Path]) -> str:
 
 
 def _parse(config: Any, pairs: list[tuple[str, list[str]]]) -> Any:
-    """All flags at once; where that fails, the one that fails alone is blamed."""
+    """All flags at once; where that fails, the one that fails alone is blamed. Without any, the config as it is."""
+    if not pairs:
+        return config
     for group in (pairs, *([pair] for pair in pairs)):
         try:
             changed = _changed(config, [word for flag, values in group for word in (flag, *values)], "jaxtrain")
@@ -267,7 +270,9 @@ def _changed(config: Any, argv: list[str], prog: str) -> Any:
     import tyro
 
     kind = type(config)[type(config.model)]  # RunConfig is generic over the architecture: tyro then sees its fields
-    return _tyro(kind, argv, prog=prog, default=config, config=(tyro.conf.AvoidSubcommands,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes of the user's own, which kinds.py has let pass
+        return _tyro(kind, argv, prog=prog, default=config, config=(tyro.conf.AvoidSubcommands,))
 
 
 class _Refused(Exception):
