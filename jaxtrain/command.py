@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,7 @@ class Call:
 
 def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
     """Splits `argv` into CONFIG, the fields of `options` and Process, and overrides. --help prints and exits."""
-    from jaxtrain.overrides import read
+    from jaxtrain.overrides import check_once, read
 
     if wants_help(argv):
         show_help(prog, options, argv, doc)
@@ -52,7 +51,8 @@ def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
     path, pairs = _split(prog, argv)
     own = _names(options, Process)
     mine = [words for words in pairs if _name(words[0]) in own]
-    _check_once(prog, options, mine)
+    several = {field.name for field in dataclasses.fields(options) if isinstance(field.default, tuple)}
+    check_once([word for words in mine for word in words], lambda path: path[-1] in several)
     parsed = [read(prog, kind, _of(mine, kind)) if _of(mine, kind) else kind() for kind in (options, Process)]
     rest = [word for words in pairs if _name(words[0]) not in own for word in words]
     return Call(Path(path), rest, process=parsed[1], options=parsed[0])
@@ -96,21 +96,6 @@ def _split(prog: str, argv: list[str]) -> tuple[str, list[list[str]]]:
         else:
             raise ConfigError(f"{word!r} belongs to no flag.", rule=f"{prog} takes one CONFIG, then flags")
     return argv[0], groups
-
-
-def _check_once(prog: str, options: type, groups: list[list[str]]) -> None:
-    """Raises ConfigError where a flag of several values is repeated: only those of the last would count."""
-    for field in dataclasses.fields(options):
-        given = [words for words in groups if _name(words[0]) == field.name]
-        if isinstance(field.default, tuple) and len(given) > 1:
-            flag = given[0][0].partition("=")[0]
-            words = [word for words in given for word in words]
-            raise ConfigError(
-                f"{flag} is given {len(given)} times.",
-                got=shlex.join(words),
-                rule=f"{prog} takes it once, with all its values",
-                fix=shlex.join([flag, *(word.removeprefix(f"{flag}=") for word in words if word != flag)]),
-            )
 
 
 def _name(flag: str) -> str:

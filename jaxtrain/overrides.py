@@ -7,14 +7,15 @@ import dataclasses
 import difflib
 import io
 import itertools
-import types
+import shlex
 import typing
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import meshes
 from jaxtrain.errors import ConfigError, UserError, closest
+from jaxtrain.kinds import hints, members
 from meshes.rules import WAYS
 
 Path = tuple[str, ...]
@@ -36,6 +37,7 @@ def apply(config: Any, argv: list[str], also: Iterable[str] = ()) -> Any:
         else:
             typed.append(_as_tyro_reads(config, flag, values))
     _check_names(config, [flag for flag, _ in typed], also)
+    check_once(argv, lambda path: _holds_several(config, path))
     return _parse(config, typed)
 
 
@@ -46,6 +48,22 @@ def read(prog: str, kind: type, argv: list[str], **how: Any) -> Any:
     except _Refused as error:
         words = " ".join([prog, *argv])
         raise ConfigError(f"`{words}` cannot be run.", got=str(error), fix=f"{prog} --help says what it takes") from None
+
+
+def check_once(argv: list[str], holds_several: Callable[[Path], bool]) -> None:
+    """Raises ConfigError where a flag of several values is repeated: only those of the last would count."""
+    given: dict[Path, list[list[str]]] = {}
+    for flag, values in _pairs(argv):
+        given.setdefault(_path(flag), []).append([flag, *values])
+    for path, groups in given.items():
+        if len(groups) > 1 and holds_several(path):
+            (flag, *first), *rest = groups
+            raise ConfigError(
+                f"{flag} is given {len(groups)} times.",
+                got=shlex.join(word for group in groups for word in group),
+                rule="a flag of several values is given once, with all of them",
+                fix=shlex.join([flag, *first, *(word for _, *values in rest for word in values)]),
+            )
 
 
 def print_help(config: Any, prog: str) -> None:
@@ -84,7 +102,7 @@ def _leaf(value: Any) -> Any:
 
 def _shown(config: Any) -> Iterator[Path]:
     """Paths of the values that are shown, and of dataclasses that are there by choice; rules that have a name are one."""
-    fixed = typing.get_type_hints(type(config))
+    fixed = hints(type(config))
     for name, value in _parts(config):
         below = [] if value in meshes.PRESETS.values() else list(_shown(value))
         if not below or (dataclasses.is_dataclass(value) and fixed.get(name) is not type(value)):
@@ -141,6 +159,13 @@ def _at(config: Any, path: Path) -> Any:
     return config
 
 
+def _holds_several(config: Any, path: Path) -> bool:
+    """Whether a tuple stands at `path`, or could."""
+    owner, value = _at(config, path[:-1]), _at(config, path)
+    kinds = members(hints(type(owner)).get(path[-1]))
+    return isinstance(value, (tuple, list)) or any(typing.get_origin(kind) in (tuple, list) for kind in kinds)
+
+
 def _choices(config: Any, path: Path) -> dict[str, Any]:
     """Named values that the field at `path` takes: presets of rules, their ways, the members of a union of dataclasses."""
     owner = _at(config, path[:-1])
@@ -150,10 +175,9 @@ def _choices(config: Any, path: Path) -> dict[str, Any]:
         return {way: way for way in WAYS[path[-1]]}
     if not dataclasses.is_dataclass(owner) or path[-1] not in {f.name for f in dataclasses.fields(owner)}:
         return {}
-    kind = typing.get_type_hints(type(owner))[path[-1]]
-    members = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else ()
-    named = {m.__name__: m for m in members if dataclasses.is_dataclass(m)}
-    return named | {"None": None} if named and type(None) in members else named
+    kinds = members(hints(type(owner))[path[-1]])
+    named = {kind.__name__: kind for kind in kinds if dataclasses.is_dataclass(kind)} if kinds[1:] else {}
+    return named | {"None": None} if named and type(None) in kinds else named
 
 
 def _chosen(flag: str, values: list[str], choices: dict[str, Any]) -> Any:

@@ -157,6 +157,20 @@ def test_a_yes_or_no_takes_its_value_as_a_word_too():
         _apply("--model.no-tied", "False")
 
 
+def test_a_repeated_flag_of_several_values_is_answered_with_the_form_that_keeps_all():
+    lines = dataclasses.replace(TINY, data=Text(files=("a",)))
+    with pytest.raises(ConfigError, match="(?s)^--data.files is given 2 times.*got   --data.files /a 'b c' --data.files /d") as error:
+        overrides.apply(lines, ["--data.files", "/a", "b c", "--steps", "3", "--data.files=/d"])
+    assert error.value.fix == "--data.files /a 'b c' /d"
+    for flags in (["--optim.no-decay=a", "--optim.no_decay", "b"], ["--rules.acts.B", "data", "--rules.acts.B", "fsdp"]):
+        with pytest.raises(ConfigError, match="is given 2 times"):
+            _apply(*flags)
+
+
+def test_of_a_repeated_flag_of_one_value_the_last_counts():
+    assert _apply("--steps", "3", "--steps", "4", "--optim", "Muon", "--optim", "Lion") == _apply("--optim", "Lion", "--steps", "4")
+
+
 def test_the_flag_that_cannot_be_read_is_blamed_although_others_only_go_together():
     with pytest.raises(ConfigError, match="--steps cannot take 'many'"):
         _apply("--mesh.data", "-1", "--mesh.fsdp", "1", "--steps", "many")
