@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,10 @@ from jaxtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxtrain.config import RunConfig
+
+
+HELP = {"-h", "--help"}
+_FIELD = re.compile(r"    (\w+): .*  # (.*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +49,11 @@ class Call:
 
 def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
     """Splits `argv` into CONFIG, the fields of `options` and Process, and overrides. --help prints and exits."""
-    from jaxtrain.overrides import check_once, read
-
     if wants_help(argv):
         show_help(prog, options, argv, doc)
         raise SystemExit(0)
+    from jaxtrain.overrides import check_once, read
+
     path, pairs = _split(prog, argv)
     own = _names(options, Process)
     mine = [words for words in pairs if _name(words[0]) in own]
@@ -59,23 +65,34 @@ def parse(prog: str, options: type, argv: list[str], doc: str) -> Call:
 
 
 def wants_help(argv: list[str]) -> bool:
-    return "--help" in argv or "-h" in argv
+    return not HELP.isdisjoint(argv)
 
 
-def show_help(prog: str, options: type, argv: list[str], doc: str) -> None:
-    """The verb's own flags; with a CONFIG, every field of it too."""
-    from jaxtrain.config import load
+def show_help(prog: str, options: type, argv: list[str], doc: str, *more: type, note: str = "") -> None:
+    """The verb's own flags, those of `more` first; with a CONFIG every field of it too, as the overrides in `argv` make it."""
     from jaxtrain.overrides import print_help
 
     print(f"usage: {inspect.cleandoc(doc)}\n")
-    for kind in (options, Process):
-        for field in dataclasses.fields(kind):
-            print(f"  --{field.name.replace('_', '-'):<18} {field.type} (default: {field.default!r})")
-    paths = [word for word in argv if not word.startswith("-")]
-    if paths:
-        print_help(load(paths[0]), f"{prog} {paths[0]}")
+    for kind in (*more, options, Process):
+        print("\n".join(_described(kind)))
+    if note:
+        print(f"\n{note}")
+    words = [word for word in argv if word not in HELP]
+    if words and not words[0].startswith("-"):
+        print()
+        print_help(parse(prog, options, words, doc).load(*more), f"{prog} {words[0]}")
     else:
         print(f"\n{prog} CONFIG --help lists the fields of that config.")
+
+
+def _described(kind: type) -> Iterator[str]:
+    """A line for each flag, and one for the comment behind its field."""
+    lines = [line for base in kind.__mro__[:-1] for line in inspect.getsource(base).splitlines()]
+    comments = dict(found.groups() for line in lines if (found := _FIELD.fullmatch(line)))
+    for field in dataclasses.fields(kind):
+        yield f"  --{field.name.replace('_', '-'):<20} {field.type} (default: {field.default!r})"
+        if field.name in comments:
+            yield f"{'':<25}{comments[field.name]}"
 
 
 def _split(prog: str, argv: list[str]) -> tuple[str, list[list[str]]]:

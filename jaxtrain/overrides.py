@@ -67,9 +67,21 @@ def check_once(argv: list[str], holds_several: Callable[[Path], bool]) -> None:
 
 
 def print_help(config: Any, prog: str) -> None:
-    """All flags of this config with their types and values."""
+    """All flags of this config with their types and values, and all choices with their names, which tyro leaves out."""
     with contextlib.suppress(SystemExit):
         _changed(config, ["--help"], prog)
+    rows = {_flag(path): _row(config, path) for path in _paths(config) if _choices(config, path)}
+    wide = max(map(len, rows), default=0) + 2
+    print("\nchoices, by name: --FLAG NAME takes that one with its defaults\n")
+    print("\n".join(f"  {flag:<{wide}}{row}" for flag, row in rows.items()))
+
+
+def _row(config: Any, path: Path) -> str:
+    choices, value = _choices(config, path), _at(config, path)
+    bare = [name for name, choice in choices.items() if isinstance(choice, type) and _required(choice)]
+    named = ", ".join(name for name in choices if name not in bare)
+    now = next((name for name, choice in choices.items() if type(value) is choice or value == choice), type(value).__name__)
+    return f"{named or 'none by name'}{'; in the config file also ' * bool(bare)}{', '.join(bare)}; now {now}"
 
 
 def leaves(config: Any) -> dict[str, Any]:
@@ -215,14 +227,17 @@ def _replaced(config: Any, path: Path, choice: Any) -> Any:
 
 
 def _instance(kind: type) -> Any:
-    required = [f.name for f in dataclasses.fields(kind) if _default(f) is dataclasses.MISSING]
-    if required:
+    if required := _required(kind):
         raise ConfigError(
             f"{kind.__name__} cannot be chosen by name alone.",
             got=f"fields without a default: {', '.join(required)}",
             fix="write it in the config file",
         )
     return kind()
+
+
+def _required(kind: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if _default(f) is dataclasses.MISSING]
 
 
 def _check_names(config: Any, flags: list[str], also: Iterable[str]) -> None:

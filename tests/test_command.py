@@ -44,6 +44,45 @@ def test_the_help_of_a_config_lists_its_fields_in_time():
         assert flag in done.stdout
 
 
+def _help(capsys, *argv):
+    """What it says, with single blanks."""
+    try:
+        assert main([*argv, "--help"]) == 0
+    except SystemExit as done:
+        assert done.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("verb", [["train"], ["show"], ["launch", "--processes", "2"], ["launch", "--slurm"]], ids=" ".join)
+def test_the_help_of_a_config_lists_every_choice_and_what_the_overrides_make_of_it(verb, capsys):
+    said = _help(capsys, *verb, "configs/quickstart.py", "--optim", "Lion", "--eval.every=7")
+    for row in (
+        "--optim AdamW, Lion, Muon; now Lion",
+        "--optim.schedule Cosine, WSD, Linear; now Cosine",
+        "--rules DP, ZERO1, ZERO2, FSDP, HSDP, TP, TP_SP, FSDP_TP, DEFAULT; now DEFAULT",
+        "--eval None; in the config file also EvalConfig; now EvalConfig",
+        "--data Synthetic; in the config file also Text, Jsonl, Parquet, Megatron, Mixture; now Text",
+        "--replicas Together, DiLoCo; now Together",
+        "--health.not-finite Stop, Skip, RollBack; now Stop",
+    ):
+        assert row in said
+    assert "--eval.every INT (default: 7)" in said and "--optim.momentum" not in said
+
+
+def test_a_flags_value_is_not_taken_for_the_config(capsys):
+    assert "jaxtrain train CONFIG --help lists the fields" in _help(capsys, "train", "--name", "foo")
+
+
+@pytest.mark.parametrize(("verb", "meaning"), [("train", "continue a run folder with a config that differs"), ("launch", "trainers of this host")])  # fmt: skip
+def test_help_says_what_a_flag_means(verb, meaning, capsys):
+    assert meaning in _help(capsys, verb)
+
+
+def test_help_answers_an_override_that_is_unknown(capsys):
+    assert main(["train", "configs/quickstart.py", "--stepz", "3", "--help"]) == 2
+    assert "did you mean '--steps'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["show", "configs/quickstart.py"], ["train", "--help"]], ids=" ".join)
 def test_a_reader_that_leaves_is_no_error(argv):
     read, write = os.pipe()

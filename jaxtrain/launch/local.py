@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from jaxtrain.background import Deadline, Lately, within
 from jaxtrain.checkpoint.files import steps
+from jaxtrain.command import HELP, show_help, wants_help
 from jaxtrain.command import parse as parse_trainer
 from jaxtrain.config import RunConfig
 from jaxtrain.data.files import check_files
@@ -33,7 +34,7 @@ from jaxtrain.train.command import Options as TrainerOptions
 class Options:
     """Flags of `jaxtrain launch`, on either side of CONFIG."""
 
-    processes: int = 1
+    processes: int = 1  # trainers of this host
     devices_per_process: int = 0  # fake CPU devices of each process; 0: what the machine has, if it is one process, else 1
     spares: int = 0  # of the job's hosts, how many wait for another to fail
     fault: tuple[faults.Fault, ...] = ()  # injected, to see what happens: kill:process=1,step=30
@@ -41,10 +42,10 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """jaxtrain launch CONFIG [--processes N] [--devices-per-process N] [--spares N] [--fault FAULT]... [flags and overrides of jaxtrain train]"""
-    if "-h" in argv or "--help" in argv:
-        kinds = faults.described()
-        flags = "\n".join(f"  --{f.name.replace('_', '-')} (default: {f.default or 'none'})" for f in fields(Options))
-        print(f"usage: {main.__doc__}\n\n{flags}\n\nfaults, as KIND:process=1,step=30,phase=step or KIND:seed=7:\n{kinds}")
+    if wants_help(argv):
+        kinds = f"faults, as KIND:process=1,step=30,phase=step or KIND:seed=7:\n{faults.described()}"
+        _, rest = _split([word for word in argv if word not in HELP])
+        show_help("jaxtrain launch", TrainerOptions, rest, main.__doc__, Options, note=kinds)
         return 0
     options, rest = parse(argv)
     call = parse_trainer("jaxtrain train", TrainerOptions, rest, doc=main.__doc__)
@@ -109,6 +110,20 @@ def _trained_on(hosts: Roster, spares: int) -> int:
 
 def parse(argv: list[str]) -> tuple[Options, list[str]]:
     """The launcher's own flags, wherever they stand, and what is left: CONFIG and the rest. Raises ConfigError."""
+    options, rest = _split(argv)
+    if rest and rest[0].startswith("--"):
+        raise ConfigError(
+            f"jaxtrain launch has no flag {rest[0].partition('=')[0]}.",
+            rule="flags of jaxtrain train come after CONFIG, its own on either side",
+            fix=closest(rest[0].partition("=")[0], [f"--{f.name.replace('_', '-')}" for f in fields(Options)]),
+        )
+    if not rest:
+        got, fix = " ".join(argv) or "nothing", "a file such as configs/quickstart.py"
+        raise ConfigError("jaxtrain launch needs a CONFIG.", got=got, rule=main.__doc__ or "", fix=fix)
+    return options, rest
+
+
+def _split(argv: list[str]) -> tuple[Options, list[str]]:
     words, rest, values = list(argv), [], {}
     known = {f.name for f in fields(Options)}
     while words:
@@ -120,15 +135,6 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
             continue
         text = value if equals else words.pop(0) if words else ""
         values[name] = (*values.get(name, ()), faults.parse(text)) if name == "fault" else _count(flag, text, name != "spares")
-    if rest and rest[0].startswith("--"):
-        raise ConfigError(
-            f"jaxtrain launch has no flag {rest[0].partition('=')[0]}.",
-            rule="flags of jaxtrain train come after CONFIG, its own on either side",
-            fix=closest(rest[0].partition("=")[0], [f"--{name.replace('_', '-')}" for name in known]),
-        )
-    if not rest:
-        got, fix = " ".join(argv) or "nothing", "a file such as configs/quickstart.py"
-        raise ConfigError("jaxtrain launch needs a CONFIG.", got=got, rule=main.__doc__ or "", fix=fix)
     return Options(**values), rest
 
 

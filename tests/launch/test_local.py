@@ -52,7 +52,8 @@ def test_files_that_this_machine_does_not_have_are_missed_before_anything_starts
 @pytest.mark.parametrize("argv", [["-h"], ["--help"]])
 def test_help_shows_the_flags(argv, capsys):
     assert main(argv) == 0
-    assert "--devices-per-process (default: none)" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--devices-per-process int (default: 0) fake CPU devices of each process" in said and "kill SIGKILL" in said
 
 
 @pytest.fixture
