@@ -26,6 +26,10 @@ class Process:
 
     fake_devices: int | None = None  # run on this many CPU devices, whatever the machine has
 
+    def __post_init__(self) -> None:
+        if self.fake_devices is not None and self.fake_devices < 1:
+            raise ConfigError(f"--fake-devices {self.fake_devices} is no number of devices.", rule="at least 1")
+
 
 @dataclass(frozen=True)
 class Call:

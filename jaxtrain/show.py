@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from jaxtrain.command import parse
 from jaxtrain.config import RunConfig
+from jaxtrain.layout import check_layout
 from jaxtrain.loading import full_name
 from jaxtrain.overrides import leaves, sources
 from jaxtrain.xla import check
-from meshes import PRESETS, Rules
+from meshes import PRESETS, Rules, product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +19,15 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    """jaxtrain show CONFIG [overrides of the config]"""
+    """jaxtrain show CONFIG [--fake-devices N] [overrides of the config]"""
     call = parse("jaxtrain show", Options, argv, doc=main.__doc__)
     plain, config = call.load_both()
     check(config.xla)
+    fake = call.process.fake_devices
+    sizes = check_layout(config, fake, "cpu") if fake else None
     print(table(plain, config))
     print()
-    print(derived(config))
+    print(derived(config, sizes))
     return 0
 
 
@@ -35,8 +38,8 @@ def table(plain: RunConfig, config: RunConfig) -> str:
     return "\n".join(f"{path:<{wide}}{_text(path, value):<44}  {origin[path]}" for path, value in values.items())
 
 
-def derived(config: RunConfig) -> str:
-    """Parameter count, tokens and FLOPs per step."""
+def derived(config: RunConfig, sizes: dict[str, int] | None = None) -> str:
+    """Parameter count, tokens and FLOPs per step; the mesh, where its sizes are known."""
     per_token = config.model.flops_per_token(config.seq_len)
     rows = {
         "parameters": f"{config.model.num_params():,}",
@@ -45,6 +48,7 @@ def derived(config: RunConfig) -> str:
         "FLOPs per token": f"{per_token:.4g}",
         "FLOPs per step": f"{per_token * config.tokens_per_step:.4g}",
         "run folder": str(config.run_dir),
+        **({"mesh": product(sizes)} if sizes else {}),
     }
     return "\n".join(f"{name:<18}{value}" for name, value in rows.items())
 

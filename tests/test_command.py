@@ -198,6 +198,21 @@ def test_show_prints_values_sources_and_what_follows(capsys):
     assert "parameters" in out
 
 
+def test_show_lays_the_config_out_on_fake_devices(capsys):
+    argv = ["show", "configs/quickstart.py", "--fake-devices", "8"]
+    assert main([*argv, "--mesh.data", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == "mesh data 2 x fsdp 4".split()
+    assert main([*argv, "--mesh.fsdp", "3"]) == 2
+    assert "LayoutError: the mesh cannot fill 8 devices." in capsys.readouterr().err
+    assert main(["show", "configs/quickstart.py", "--mesh.fsdp", "3"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["show", "train", "launch"])
+def test_no_fake_devices_are_no_devices(verb, capsys):
+    assert main([verb, "configs/quickstart.py", "--fake-devices", "0"]) == 2
+    assert "--fake-devices 0 is no number of devices" in capsys.readouterr().err
+
+
 def test_show_names_what_was_chosen(capsys):
     assert main(["show", "configs/quickstart.py", "--optim", "Lion", "--data", "Synthetic", "--rules", "FSDP"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     config = call.load(Options)
     for source in (config.data, *([config.eval.data] if config.eval else [])):
         check_files(source)  # what no generation could train on; of several hosts, this one alone may lack it
-    devices = options.devices_per_process or (1 if options.processes > 1 else 0)
+    devices = _fake_devices(options, call.process.fake_devices)
     fake = ["--fake-devices", str(devices)] if devices else []
     changed = threading.Event()
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"JAX_PLATFORMS": "cpu"} if devices else {})
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     if _is_over(config):
         print(f"the run has ended, at step {config.steps}: this host came late")
         return 0
-    devices = devices or call.process.fake_devices or local_gpus() or 1
+    devices = devices or local_gpus() or 1
     fits = Fits(config, devices * options.processes, _trained_on(hosts, options.spares))
     secret = job_secret(os.environ, config.run_dir)
     memories = [memory_folder(config.run_dir, name) for name in hosts.names]  # others may be on this machine
@@ -90,6 +90,18 @@ def main(argv: list[str]) -> int:
     folder = place(config.snapshot, config.name, {FOLDER: str(memory)})
     shelf = folder and Shelf(folder, config.snapshot.memory_gb)
     return supervise(host, hosts, config.run_dir, secret, changed, config.watch, terms, injected, shelf)
+
+
+def _fake_devices(options: Options, asked: int | None) -> int:
+    """Of each process; 0: what the machine has. `asked`: for by --fake-devices. Raises ConfigError."""
+    if options.devices_per_process and asked:
+        raise ConfigError(
+            "--devices-per-process and --fake-devices both say how many devices a process has.",
+            got=f"--devices-per-process {options.devices_per_process}, --fake-devices {asked}",
+            rule="one of them",
+            fix=f"--devices-per-process {options.devices_per_process}",
+        )
+    return options.devices_per_process or asked or (1 if options.processes > 1 else 0)
 
 
 def _is_over(config: RunConfig) -> bool:

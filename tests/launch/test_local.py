@@ -49,6 +49,21 @@ def test_files_that_this_machine_does_not_have_are_missed_before_anything_starts
         main(["configs/quickstart.py", "--runs-dir", str(tmp_path), "--data.files", f"{tmp_path}/none/*.txt"])
 
 
+def test_two_numbers_of_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(local, "Host", None)
+    with pytest.raises(ConfigError, match="(?s)both say how many.*got   --devices-per-process 1, --fake-devices 2"):
+        main(["configs/quickstart.py", "--processes", "2", "--devices-per-process", "1", "--fake-devices", "2"])
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "devices"),
+    [((1, 0), None, 0), ((2, 0), None, 1), ((2, 3), None, 3), ((2, 0), 4, 4), ((1, 0), 4, 4)],
+)
+def test_each_process_has_the_devices_that_either_flag_says(own, asked, devices):
+    options = Options(processes=own[0], devices_per_process=own[1])
+    assert local._fake_devices(options, asked) == devices
+
+
 @pytest.mark.parametrize("argv", [["-h"], ["--help"]])
 def test_help_shows_the_flags(argv, capsys):
     assert main(argv) == 0
