@@ -34,7 +34,7 @@ from jaxtrain.train.command import Options as TrainerOptions
 class Options:
     """Flags of `jaxtrain launch`, on either side of CONFIG."""
 
-    processes: int = 1  # trainers of this host
+    processes: int = 1  # trainers of this host; one drives all its GPUs, several take fake CPU devices
     devices_per_process: int = 0  # fake CPU devices of each process; 0: what the machine has, if it is one process, else 1
     spares: int = 0  # of the job's hosts, how many wait for another to fail
     fault: tuple[faults.Fault, ...] = ()  # injected, to see what happens: kill:process=1,step=30
@@ -101,7 +101,16 @@ def _fake_devices(options: Options, asked: int | None) -> int:
             rule="one of them",
             fix=f"--devices-per-process {options.devices_per_process}",
         )
-    return options.devices_per_process or asked or (1 if options.processes > 1 else 0)
+    devices = options.devices_per_process or asked or 0
+    on_cpus = os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
+    if options.processes > 1 and not devices and local_gpus() and not on_cpus:
+        raise ConfigError(
+            f"--processes {options.processes} would leave this host's GPUs idle.",
+            got=f"{local_gpus()} GPUs, and no number of CPU devices",
+            rule="one process drives all GPUs of a host; --devices-per-process is for CPU devices",
+            fix="--processes 1 trains on the GPUs, --devices-per-process 1 on CPUs",
+        )
+    return devices or (1 if options.processes > 1 else 0)
 
 
 def _is_over(config: RunConfig) -> bool:

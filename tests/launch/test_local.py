@@ -59,9 +59,23 @@ def test_two_numbers_of_devices_are_refused(monkeypatch):
     ("own", "asked", "devices"),
     [((1, 0), None, 0), ((2, 0), None, 1), ((2, 3), None, 3), ((2, 0), 4, 4), ((1, 0), 4, 4)],
 )
-def test_each_process_has_the_devices_that_either_flag_says(own, asked, devices):
+def test_each_process_has_the_devices_that_either_flag_says(own, asked, devices, monkeypatch):
+    monkeypatch.setattr(local, "local_gpus", lambda: 0)
     options = Options(processes=own[0], devices_per_process=own[1])
     assert local._fake_devices(options, asked) == devices
+
+
+def test_several_processes_on_a_host_with_gpus_are_refused_unless_their_cpu_devices_are_counted(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(local, "Host", None)
+    with pytest.raises(ConfigError, match="(?s)GPUs idle.*got   2 GPUs.*one process drives all GPUs of a host"):
+        main(["configs/quickstart.py", "--processes", "2"])
+    assert local._fake_devices(Options(processes=2, devices_per_process=1), None) == 1
+    assert local._fake_devices(Options(processes=2), 3) == 3
+    assert local._fake_devices(Options(processes=1), None) == 0
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert local._fake_devices(Options(processes=2), None) == 1
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["--help"]])
