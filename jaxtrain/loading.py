@@ -3,6 +3,7 @@ bind, it does not know."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import sysconfig
@@ -27,7 +28,8 @@ def execute(path: Path) -> ModuleType:
     module = ModuleType(f"{_PREFIX}{path.resolve()}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    sys.path.insert(0, str(path.parent.resolve()))
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
     try:
         text = path.read_bytes()
         exec(compile(text, str(path), "exec", dont_inherit=True), vars(module))
@@ -36,7 +38,8 @@ def execute(path: Path) -> ModuleType:
     except Exception as error:  # it is the user's code
         raise _does_not_load(path, error) from error
     finally:
-        sys.path.pop(0)
+        with contextlib.suppress(ValueError):  # the file may change sys.path too
+            sys.path.remove(folder)
     _own_code[f"file {path.name}"] = _digest(text)
     _own_code.update(_imported(set(sys.modules) - before - {module.__name__}))
     return module

@@ -510,6 +510,15 @@ def test_a_package_beside_the_config_that_hides_another_is_named(tmp_path, monke
     assert error.value.fix == f"where another zebra is meant, rename {tmp_path / renamed}"
 
 
+@pytest.mark.parametrize("line", ["insert(0, '/own')", "append('/own')", "remove(sys.path[0])"])
+def test_of_sys_path_a_config_keeps_what_it_changed_and_not_its_own_folder(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my.py").write_text(f"import sys\nsys.path.{line}\nfrom tests.tiny import TINY as config\n")
+    before = list(sys.path)
+    load(tmp_path / "my.py")
+    assert [path for path in sys.path if path != "/own"] == before and ("/own" in sys.path) == ("own" in line)
+
+
 def loaded(folder, monkeypatch, config="import my_net", **modules):
     """What `own_code` has of a config and modules beside it, each by its text."""
     monkeypatch.setattr("jaxtrain.loading._own_code", {})
