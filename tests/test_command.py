@@ -21,6 +21,15 @@ def _run(*argv):
     return subprocess.run([sys.executable, "-m", "jaxtrain", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+def _imported(*argv):
+    """The modules that a command line imports."""
+    words = [sys.executable, "-X", "importtime", "-m", "jaxtrain", *argv]
+    lines = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60).stderr.splitlines()
+    found = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "jaxtrain.errors" in found
+    return found
+
+
 @pytest.mark.parametrize("argv", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
 def test_help_comes_at_once_and_imports_no_jax(argv):
     seconds = []
@@ -31,6 +40,7 @@ def test_help_comes_at_once_and_imports_no_jax(argv):
         assert done.returncode == 0, done.stderr
         assert "usage: jaxtrain" in done.stdout
     assert min(seconds) < HELP_SECONDS
+    assert "jax" not in _imported(*argv)
 
 
 def test_the_help_of_a_config_lists_its_fields_in_time():
@@ -40,6 +50,7 @@ def test_the_help_of_a_config_lists_its_fields_in_time():
         done = _run("train", "configs/quickstart.py", "--help")
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 2 * HELP_SECONDS
+    assert "jax" not in _imported("train", "configs/quickstart.py", "--help")
     for flag in ("--steps", "--mesh.fsdp", "--optim.peak-lr", "--model.num-layers", "--checkpoint.every"):
         assert flag in done.stdout
 
