@@ -74,7 +74,7 @@ def _slurm(env: Mapping[str, str]) -> Roster:
             "A host has one supervisor.",
             got=f"{tasks} tasks on {len(nodes)} nodes",
             rule="jaxtrain launch starts the trainers of its host itself",
-            fix="srun --ntasks-per-node=1; jaxtrain launch --processes N for several trainers on a host",
+            fix="srun --ntasks-per-node=1; the one trainer of a host drives all its GPUs",
         )
     ports = [65536 - PORTS + (int(env["SLURM_JOB_ID"]) + number) % PORTS for number in range(tasks)]
     return Roster(index=int(env["SLURM_PROCID"]), addresses=tuple(f"{node}:{port}" for node, port in zip(nodes, ports)))

@@ -130,7 +130,8 @@ class Ended:
 def launch(command: Sequence[str], run_dir: Path, processes: int, faults: Sequence[Fault]) -> Ended:
     """One supervised run to its end."""
     flags = [word for fault in faults for word in ("--fault", as_flag(fault))]
-    full = [sys.executable, "-m", "jaxtrain", "launch", "--processes", str(processes), *flags, *command, "--name", run_dir.name]
+    on = ["--processes", str(processes), "--devices-per-process", "1"]  # CPUs, whatever else the machine has
+    full = [sys.executable, "-m", "jaxtrain", "launch", *on, *flags, *command, "--name", run_dir.name]
     log, began, first = _log(run_dir), time.monotonic(), None
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
