@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 from meshes.axes import AXES, LETTERS
 from meshes.errors import LayoutError, closest
@@ -166,6 +167,7 @@ class Interleaved(_Pipeline):
 
 
 Pipeline = GPipe | OneFOneB | Interleaved | ZeroBubble
+CHOICES = {"experts": Experts, "pipeline": Pipeline | None, "context": Context}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +178,8 @@ class Rules:
     layout: "layer" or "step"; `reduce`, when the gradients of several microbatches are summed over the devices that
     hold copies: "step" or "microbatch"; `matmul`, when products of gathered or scattered activations are taken: "whole"
     or "ring". Where both maps agree nothing moves. `pipeline` runs layers over the axis `stage`, which then shards
-    nothing else in compute (`staged`); without one it is an axis like others. Raises LayoutError on an unknown name.
-    `experts` is how tokens reach experts that axes keep apart.
-    `context` is how attention reads a sequence that axes cut.
+    nothing else in compute (`staged`); without one it is an axis like others. `experts` is how tokens reach experts that
+    axes keep apart, `context` how attention reads a sequence that axes cut. Raises LayoutError on what is not known.
     """
 
     params: dict[str, Axes]
@@ -197,6 +198,8 @@ class Rules:
         for name, known in WAYS.items():
             if (way := getattr(self, name)) not in known:
                 raise LayoutError(f"rules.{name} = {way!r} is not known.", fix=closest(way, known))
+        for name, kinds in CHOICES.items():
+            _check_choice(name, getattr(self, name), kinds)
 
     def shards(self, letter: str, sizes: Mapping[str, int]) -> int:
         """Into how many parts compute cuts a dim of this letter, on a mesh of these axis sizes."""
@@ -232,6 +235,14 @@ class Rules:
     def __hash__(self) -> int:
         how = self.gather, self.reduce, self.matmul, self.pipeline, self.experts, self.context
         return hash((_frozen(self.params), _frozen(self.acts), *how))
+
+
+def _check_choice(name: str, choice: object, kinds: UnionType) -> None:
+    """A name or a class would be taken for another algorithm, as none of the isinstance checks further on knows it."""
+    if not isinstance(choice, kinds):
+        known = ["None" if kind is NoneType else f"{kind.__name__}()" for kind in get_args(kinds)]
+        fix = closest(getattr(choice, "__name__", str(choice)), known)
+        raise LayoutError(f"rules.{name} = {choice!r} is not known.", rule="a value, with its ()", fix=fix)
 
 
 def _without_stage(mapping: Mapping[str, Axes]) -> dict[str, Axes]:

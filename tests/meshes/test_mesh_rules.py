@@ -118,6 +118,23 @@ def test_rules_refuse_names_that_do_not_exist_and_offer_the_closest(sides, said)
         Rules(**({"params": {}, "acts": {}} | sides))
 
 
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (dict(context=meshes.Gathered), r"rules.context = <class .*Gathered'> is not known.*mean 'Gathered\(\)'"),
+        (dict(context="Ulysses"), r"'Ulysses' is not known.*did you mean 'Ulysses\(\)'. known: Gathered\(\), Ring\(\)"),
+        (dict(context=None), r"rules.context = None is not known"),
+        (dict(pipeline=meshes.GPipe), r"rules.pipeline = <class .*with its \(\).*did you mean 'GPipe\(\)'"),
+        (dict(pipeline="GPipe"), r"'GPipe' is not known.*known: GPipe\(\), Interleaved\(\), None, OneFOneB\(\)"),
+        (dict(pipeline=meshes.Ring()), r"rules.pipeline = Ring\(zigzag=True\) is not known"),
+        (dict(experts=meshes.Capacity), r"rules.experts = .*did you mean 'Capacity\(\)'"),
+    ],
+)
+def test_what_is_no_value_of_an_algorithm_is_refused_and_not_taken_for_another(choice, said):
+    with pytest.raises(LayoutError, match=f"(?s){said}"):
+        dataclasses.replace(meshes.DEFAULT, **choice)
+
+
 @pytest.mark.parametrize("chunks", [0, 1.5, 2.0, True, "2"])
 def test_chunks_of_a_pipeline_are_a_whole_number_from_one(chunks):
     with pytest.raises(LayoutError, match=f"pipeline.chunks = {chunks!r} is no number of chunks"):
