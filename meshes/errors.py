@@ -33,10 +33,10 @@ class DivisionError(LayoutError):
     """A size that mesh axes do not divide; its fix is another size of these axes alone, which may not fill all devices."""
 
 
-def closest(name: str, known: Iterable[str]) -> str:
+def closest(name: object, known: Iterable[str]) -> str:
     """The `fix` line for an unknown name: the closest known one first, whatever its case, then all of them."""
     known = sorted(known)
     spelled = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(name.lower(), spelled, n=1)
+    near = difflib.get_close_matches(str(name).lower(), spelled, n=1)
     hint = f"did you mean {spelled[near[0]]!r}? " if near else ""
     return f"{hint}known: {', '.join(known)}"

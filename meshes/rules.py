@@ -53,8 +53,9 @@ class Capacity:
     factor: float = 1.25
 
     def __post_init__(self):
-        if not self.factor > 0:
-            raise LayoutError(f"experts.factor = {self.factor} leaves no room.", rule="a positive number")
+        number = isinstance(self.factor, int | float) and not isinstance(self.factor, bool)
+        if not (number and 0 < self.factor < math.inf):
+            raise LayoutError(f"experts.factor = {self.factor!r} leaves no room.", rule="a positive number", fix="factor = 1.25")
 
 
 Experts = Ragged | Capacity
@@ -87,6 +88,11 @@ class Ulysses:
 Context = Gathered | Ring | Ulysses
 
 
+def _check_name(name: str, value: object, known: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise LayoutError(f"{name} = {value!r} is not known.", fix=closest(value, known))
+
+
 def axes_of(mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
     """The mesh axes that shard `letter`, outer to inner; () where none does."""
     axes = mapping.get(letter) or ()
@@ -113,8 +119,7 @@ class _Pipeline:
     keep: str = "residuals"
 
     def __post_init__(self):
-        if self.keep not in KEEPS:
-            raise LayoutError(f"keep = {self.keep!r} is nothing to keep.", fix=closest(self.keep, KEEPS))
+        _check_name("pipeline.keep", self.keep, KEEPS)
 
     def table(self, stages: int, microbatches: int) -> Table:
         from meshes import schedules
@@ -193,11 +198,12 @@ class Rules:
 
     def __post_init__(self):
         for side in ("params", "acts"):
-            mapping = getattr(self, side)
+            if not isinstance(mapping := getattr(self, side), Mapping):
+                rule = "letters to mesh axes; {} shards nothing"
+                raise LayoutError(f"rules.{side} = {mapping!r} is no map.", rule=rule, fix=f"{side} = {{}}")
             object.__setattr__(self, side, {letter: _checked(side, mapping, letter) for letter in mapping})
         for name, known in WAYS.items():
-            if (way := getattr(self, name)) not in known:
-                raise LayoutError(f"rules.{name} = {way!r} is not known.", fix=closest(way, known))
+            _check_name(f"rules.{name}", getattr(self, name), known)
         for name, kinds in CHOICES.items():
             _check_choice(name, getattr(self, name), kinds)
 
@@ -254,11 +260,12 @@ def _frozen(mapping: Mapping[str, Axes]) -> frozenset:
 
 
 def _checked(side: str, mapping: Mapping[str, Axes], letter: str) -> tuple[str, ...]:
-    axes = axes_of(mapping, letter)
     if letter not in LETTERS:
         raise LayoutError(f"{side} maps {letter!r}, which is no letter of the alphabet.", fix=closest(letter, LETTERS))
+    written = isinstance(mapping[letter], str | tuple | list | None)
+    axes = axes_of(mapping, letter) if written else (mapping[letter],)
     for axis in axes:
-        if axis not in AXES:
+        if not isinstance(axis, str) or axis not in AXES:
             raise LayoutError(f"{side} puts {letter} on {axis!r}, which is no mesh axis.", fix=closest(axis, AXES))
     if len(set(axes)) < len(axes):
         raise LayoutError(f"{side} puts {letter} twice on one axis.", got=f"{letter} -> {axes}")

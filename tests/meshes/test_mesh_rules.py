@@ -111,11 +111,32 @@ def test_default_shards_experts_and_their_tokens():
         (dict(acts={"B": ("data", "data")}), "B twice on one axis"),
         (dict(gather="steps"), "did you mean 'step'"),
         (dict(reduce="microbatches"), "did you mean 'microbatch'"),
+        (dict(gather=None), "rules.gather = None is not known.*known: layer, step"),
+        (dict(matmul=["x"]), r"rules.matmul = \['x'\] is not known.*known: ring, whole"),
+        (dict(params={"D": 3}), "params puts D on 3, which is no mesh axis.*known: context, data"),
+        (dict(params={"D": 0}), "params puts D on 0, which is no mesh axis"),
+        (dict(params={"D": {"fsdp": 2}}), "puts D on {'fsdp': 2}, which is no mesh axis"),
+        (dict(acts={"D": ("fsdp", ["data"])}), r"acts puts D on \['data'\], which is no mesh axis"),
+        (dict(acts={3: "fsdp"}), "acts maps 3, which is no letter"),
+        (dict(params=None), "rules.params = None is no map.*fix   params = {}"),
+        (dict(acts="BS"), "rules.acts = 'BS' is no map"),
     ],
 )
 def test_rules_refuse_names_that_do_not_exist_and_offer_the_closest(sides, said):
-    with pytest.raises(LayoutError, match=said):
+    with pytest.raises(LayoutError, match=f"(?s){said}"):
         Rules(**({"params": {}, "acts": {}} | sides))
+
+
+@pytest.mark.parametrize("factor", ["2", None, True, 0, -1.0, float("nan"), float("inf")])
+def test_a_capacity_that_is_no_positive_number_is_refused(factor):
+    with pytest.raises(LayoutError, match=f"experts.factor = {factor!r} leaves no room.*\n.*a positive number"):
+        meshes.Capacity(factor=factor)
+
+
+@pytest.mark.parametrize("keep", [None, ["inputs"], "input"])
+def test_what_a_pipeline_cannot_keep_is_refused(keep):
+    with pytest.raises(LayoutError, match=r"(?s)pipeline.keep = .* is not known.*known: inputs, residuals"):
+        meshes.GPipe(keep=keep)
 
 
 @pytest.mark.parametrize(
