@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from meshes.axes import AXES, LETTERS, NAMELESS
 from meshes.errors import LayoutError, closest
+from meshes.mesh import product
 from meshes.rules import Axes, Experts, Letters, Ragged, axes_of, dims_of
 
 
@@ -33,8 +34,23 @@ def check_letters(letters: Letters, mapping: Mapping[str, Axes], name: str) -> N
             owner[axis] = letter
 
 
+def check_mesh(sizes: Mapping[str, int], mapping: Mapping[str, Axes]) -> None:
+    """Raises LayoutError for an axis of several devices that is neither in AXES nor in the mapping."""
+    known = {*AXES, *(axis for letter in mapping for axis in axes_of(mapping, letter))}
+    for axis in sizes:
+        if sizes[axis] > 1 and axis not in known:
+            raise LayoutError(
+                f"the mesh has an axis {axis!r}, which no rules can name.",
+                got=product(sizes),
+                rule="the axes of a mesh have the names in AXES; along another every device would do the same work",
+                fix=closest(axis, AXES),
+            )
+
+
 def check_axes(sizes: Mapping[str, int], mapping: Mapping[str, Axes], letters: Letters) -> None:
     """Raises LayoutError for no mesh axis."""
+    if letters:  # without any it is whole, on whatever mesh
+        check_mesh(sizes, mapping)
     known = (*sizes, *AXES)
     for letter in letters:
         for axis in axes_of(mapping, letter):

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meshes.errors import LayoutError
-from meshes.fit import check_axes, check_letters, check_shape
+from meshes.fit import check_axes, check_letters, check_mesh, check_shape
 from meshes.rules import Axes, Letters, Rules, axes_of, dims_of
 
 
@@ -32,10 +32,26 @@ _layout = jax.make_user_context(None)
 
 @contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[Layout]:
-    """Within the block, `constrain` and `axis_size` in this thread follow `rules` on `mesh`."""
+    """Within the block, `constrain` and `axis_size` in this thread follow `rules` on `mesh`.
+
+    Raises LayoutError for a mesh whose axes are not Auto, or have names that no rules have.
+    """
+    check_mesh(mesh.shape, {})
+    _check_auto(mesh)
     layout = Layout(mesh, rules)
     with _layout(layout):
         yield layout
+
+
+def _check_auto(mesh: Mesh) -> None:
+    """jax.make_mesh makes Explicit axes unless told otherwise, and those take no constraint."""
+    if set(mesh.axis_types) - {AxisType.Auto}:
+        raise LayoutError(
+            "the mesh's axes are not Auto.",
+            got=", ".join(f"{axis} {kind.name}" for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)),
+            rule="constraints lay arrays out along Auto axes, and the partitioner does the rest",
+            fix=f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)} where the mesh is made",
+        )
 
 
 def current() -> Layout | None:

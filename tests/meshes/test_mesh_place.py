@@ -169,6 +169,35 @@ def test_rules_work_on_a_mesh_that_lacks_axes_or_has_its_own():
         meshes.sharding(mesh, "BF", {"F": "tensors"})
 
 
+def test_a_mesh_with_an_axis_that_no_rules_can_name_is_refused():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensors"))
+    with pytest.raises(LayoutError, match="(?s)'tensors', which no rules can name.*data 2 x tensors 4.*mean 'tensor'"):
+        with meshes.use(mesh, DEFAULT):
+            pass
+    for call in (
+        lambda: meshes.shardings(mesh, DEFAULT.params, {"up": "DF"}),
+        lambda: meshes.check(mesh, DEFAULT.acts, "BF", (8, 8), "x"),
+        lambda: meshes.local_rows(mesh, DEFAULT, 8),
+    ):
+        with pytest.raises(LayoutError, match="'tensors', which no rules can name"):
+            call()
+    assert meshes.sharding(mesh, "", DEFAULT.params).spec == P()
+    idle = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1), ("data", "mine"))
+    with meshes.use(idle, DEFAULT):
+        assert meshes.axis_size("B") == 8
+
+
+def test_a_mesh_of_explicit_axes_is_refused_and_the_offered_fix_works():
+    shape, names = (2, 4), ("data", "tensor")
+    with pytest.raises(LayoutError, match="(?s)not Auto.*data Explicit, tensor Explicit") as error:
+        with meshes.use(jax.make_mesh(shape, names), DEFAULT):
+            pass
+    types = eval(error.value.fix.removeprefix("axis_types=").removesuffix(" where the mesh is made"))
+    with meshes.use(jax.make_mesh(shape, names, axis_types=types), DEFAULT):
+        out = jax.jit(lambda x: meshes.constrain(x, "BF"))(jnp.ones((8, 8)))
+    assert out.sharding.shard_shape(out.shape) == (4, 2)
+
+
 def test_rules_work_on_an_abstract_mesh():
     mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
     assert meshes.sharding(mesh, "DF", DEFAULT.params).shard_shape((8, 8)) == (2, 4)
