@@ -201,11 +201,23 @@ def globalize(tree: Any, mesh: Mesh, rules: Rules, num_rows: int, letters: Lette
 
     A process holds its rows whole; each of its devices takes its part of the other dims. Raises LayoutError.
     """
+    if letters[:1] != "B":
+        raise LayoutError(
+            f"a batch {letters!r} does not begin with its rows.",
+            rule="B is the first dim: rows are what processes hold",
+            fix="arrays with the batch first, and letters as 'BS'",
+        )
     rows = local_rows(mesh, rules, num_rows)
     return jax.tree.map(lambda x: _global(np.asarray(x), rows, mesh, rules, num_rows, letters), tree)
 
 
 def _global(x: np.ndarray, rows: np.ndarray, mesh: Mesh, rules: Rules, num_rows: int, letters: Letters) -> jax.Array:
+    if x.ndim == 0:
+        raise LayoutError(
+            f"a batch holds {x.item()!r}, which has no rows.",
+            rule="every leaf of the tree is an array of rows; a list is a tree of its own",
+            fix="np.asarray for a list of rows, and no numbers beside arrays",
+        )
     if len(x) != len(rows):
         raise LayoutError(
             f"this process was given {len(x)} rows of the batch.",
@@ -220,4 +232,5 @@ def _global(x: np.ndarray, rows: np.ndarray, mesh: Mesh, rules: Rules, num_rows:
         start = int(np.searchsorted(rows, first))  # a device's rows are consecutive, and all in `rows`
         return x[(slice(start, start + last - first), *index[1:])]
 
-    return jax.make_array_from_callback(shape, sharding(mesh, letters, rules.acts), part)
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # a process without a device of the mesh has no part to tell it by
+    return jax.make_array_from_callback(shape, sharding(mesh, letters, rules.acts), part, dtype=dtype)

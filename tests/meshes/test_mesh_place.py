@@ -277,3 +277,24 @@ def test_a_batch_of_the_wrong_size_is_refused():
     for rows, num_rows, length in ((4, 8, 16), (6, 6, 16), (8, 8, 15)):
         with pytest.raises(LayoutError):
             meshes.globalize(np.zeros((rows, length)), mesh, DEFAULT, num_rows)
+
+
+@pytest.mark.parametrize("letters", ["SB", "_S", ""])
+def test_a_batch_whose_first_letter_is_not_its_rows_is_refused(letters):
+    with pytest.raises(LayoutError, match="does not begin with its rows"):
+        meshes.globalize(np.zeros((8, 8)), meshes.make(MeshConfig(context=2)), DEFAULT, 8, letters)
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [(np.float32(3), "holds 3.0, which has no rows"), ({"x": [[1, 2]] * 8}, "(?s)holds 1, which.*np.asarray for a list")],
+)
+def test_a_leaf_of_a_batch_that_has_no_rows_is_refused(tree, said):
+    with pytest.raises(LayoutError, match=said):
+        meshes.globalize(tree, meshes.make(MeshConfig()), DEFAULT, 8)
+
+
+@pytest.mark.parametrize(("given", "made"), [("float64", "float32"), ("int64", "int32"), ("bool", "bool")])
+def test_a_batch_made_global_has_the_dtypes_that_jax_has(given, made):
+    batch = meshes.globalize(np.ones((8, 8), given), meshes.make(MeshConfig()), DEFAULT, 8)
+    assert batch.dtype == made

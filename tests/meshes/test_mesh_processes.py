@@ -51,6 +51,11 @@ for name in names:
         weighed = jax.jit(lambda x: (meshes.constrain(x, "BS") * (x + 1)).sum())(batch)
     assert int(weighed) == int((whole * (whole + 1)).sum()), name
     rows[name] = mine.tolist()
+mesh = meshes.make(meshes.MeshConfig(), jax.devices()[:4])  # of process 0 alone
+mine = meshes.local_rows(mesh, meshes.DEFAULT, num_rows)
+batch = meshes.globalize(whole[mine], mesh, meshes.DEFAULT, num_rows)
+assert batch.shape == whole.shape and batch.dtype == whole.dtype
+rows["without a device"] = [mine.tolist(), len(batch.addressable_shards)]
 Path(answer).write_text(json.dumps(rows))
 """
 
@@ -81,3 +86,7 @@ def answers(tmp_path_factory):
 @pytest.mark.parametrize("name", ROWS)
 def test_two_processes_make_one_batch_of_the_rows_that_each_must_give(answers, name):
     assert tuple(answer[name] for answer in answers) == ROWS[name]
+
+
+def test_a_process_without_a_device_of_the_mesh_makes_the_batch_too(answers):
+    assert [answer["without a device"] for answer in answers] == [[EVERY, 4], [[], 0]]
