@@ -73,7 +73,7 @@ def _does_not_fill(sizes: dict[str, int], fixed: int, num_devices: int) -> Layou
         f"the mesh cannot fill {_times(num_devices, 'device')}.",
         got=f"{product(named)} = {fixed}",
         rule=f"the product of all axes must {'equal' if exact else 'divide'} the number of devices",
-        fix=" or ".join(f"mesh.{axis} = {size}" for axis, size in fits.items() if size) or "mesh.fsdp = -1",
+        fix=" or ".join(f"mesh.{axis} = {size}" for axis, size in fits.items() if size) or _filling(sizes, num_devices),
     )
 
 
@@ -81,7 +81,22 @@ def _nearest(room: float, size: int, exact: bool) -> int | None:
     """The size that fills `room` devices, or where an axis is -1 the largest up to `size` that divides them."""
     if room != int(room):
         return None
-    return int(room) if exact else max(fit for fit in range(1, size + 1) if room % fit == 0)
+    return int(room) if exact else _largest(int(room), size)
+
+
+def _largest(room: int, most: int) -> int:
+    return max(fit for fit in range(1, min(most, room) + 1) if room % fit == 0)
+
+
+def _filling(sizes: dict[str, int], room: int) -> str:
+    """Where no one axis can make it fit: from the inner axes on each as large as it may, fsdp with what is left."""
+    fits = {}
+    for axis, size in reversed(sizes.items()):
+        fits[axis] = size if size == -1 else _largest(room, size)
+        room //= abs(fits[axis])
+    if room > 1 and -1 not in fits.values():
+        fits["fsdp"] = -1
+    return " and ".join(f"mesh.{axis} = {fits[axis]}" for axis in sizes if fits[axis] != sizes[axis])
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -32,6 +33,8 @@ def test_the_axis_at_minus_one_takes_what_the_others_leave():
         (MeshConfig(fsdp=16), ["cannot fill 64 devices", "mesh.fsdp = 64"]),
         (MeshConfig(tensor=5), ["tensor 5 = 5", "must divide", "mesh.tensor = 4"]),
         (MeshConfig(tensor=128), ["mesh.tensor = 64"]),
+        (MeshConfig(data=3, tensor=3), ["mesh.data = 2 and mesh.tensor = 2"]),
+        (MeshConfig(data=3, fsdp=5, tensor=3), ["mesh.data = 2 and mesh.fsdp = -1 and mesh.tensor = 2"]),
     ],
 )
 def test_sizes_that_do_not_fill_are_refused_with_what_would_fit(config, said):
@@ -55,13 +58,24 @@ def test_what_fits_no_number_of_devices_is_refused_when_it_is_written(sizes, sai
         MeshConfig(**sizes)
 
 
+def _changes(error):
+    """What a fix offers: of each alternative the axes with their new sizes."""
+    alternatives = [fix.split(" and ") for fix in error.fix.split(" or ")]
+    return [{axis: int(size) for axis, size in (change.removeprefix("mesh.").split(" = ") for change in fix)} for fix in alternatives]
+
+
 def test_every_fix_that_is_offered_for_sizes_works():
-    with pytest.raises(LayoutError) as error:
-        MeshConfig(data=2, fsdp=6, tensor=2).sizes(24 * 2)
-    for fix in error.value.fix.split(" or "):
-        axis, size = fix.removeprefix("mesh.").split(" = ")
-        config = dataclasses.replace(MeshConfig(data=2, fsdp=6, tensor=2), **{axis: int(size)})
-        assert math.prod(config.sizes(48).values()) == 48
+    fixes = 0
+    few, many = (-1, 1, 2, 3, 6), (1, 2, 3, 4, 6)
+    for data, fsdp, tensor, num_devices in itertools.product(many, few, many, (1, 4, 6, 8, 12, 64)):
+        config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+        try:
+            config.sizes(num_devices)
+        except LayoutError as error:
+            for change in _changes(error):
+                assert math.prod(dataclasses.replace(config, **change).sizes(num_devices).values()) == num_devices
+                fixes += 1
+    assert fixes > 500
 
 
 def test_a_mesh_has_all_axes_and_is_auto_on_the_devices_that_are_there():
