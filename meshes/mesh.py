@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from meshes import topology
@@ -115,7 +115,8 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     grid[:] = devices
     axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
     mesh = jax.sharding.Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
-    _check_inner(mesh)
+    if axis := _uneven(domain_grid(mesh)):
+        raise _straddles(axis, config, mesh)
     return mesh
 
 
@@ -139,29 +140,36 @@ def domains_per_line(grid: np.ndarray, dim: int) -> int | None:
     return count if (shares == shares[:, :, :1]).all() else None
 
 
-def _check_inner(mesh: Mesh) -> None:
-    grid = domain_grid(mesh)
-    for axis in INNER:
-        if domains_per_line(grid, mesh.axis_names.index(axis)) is None:
-            raise _straddles(axis, mesh, grid)
+def _uneven(grid: np.ndarray) -> str | None:
+    """The first of the inner axes along which domains change unevenly; the grid has all axes."""
+    return next((axis for axis in INNER if domains_per_line(grid, list(AXES).index(axis)) is None), None)
 
 
 def _unit(pod: topology.Topology) -> str:
     return "host" if pod.num_domains == pod.num_hosts else "NVLink domain"
 
 
-def _straddles(axis: str, mesh: Mesh, grid: np.ndarray) -> LayoutError:
+def _straddles(axis: str, config: MeshConfig, mesh: Mesh) -> LayoutError:
     pod = topology.of(list(mesh.devices.flat))
-    unit, size = _unit(pod), math.gcd(*Counter(grid.flat).values())  # what fits in every domain
-    names = list(mesh.axis_names)
-    inside = math.prod(mesh.shape[name] for name in names[names.index(axis) + 1 :])
-    fits = [str(fit) for fit in range(1, size + 1) if size % (fit * inside) == 0]
+    unit, grid = _unit(pod), domain_grid(mesh)
+    size = math.gcd(*Counter(grid.flat).values())  # what fits in every domain
+    fits = [str(fit) for fit in range(1, size + 1) if _lies_evenly(replace(config, **{axis: fit}), grid)]
+    alone = f"mesh.{axis} = {' or '.join(fits)}"
+    together = f"{' x '.join(INNER)} that divides {size}, and one axis at -1 for the rest"
     return LayoutError(
         f"mesh.{axis} = {mesh.shape[axis]} would straddle {unit}s unevenly.",
         got=f"{product(mesh.shape)} over {pod.num_domains} {unit}s of {pod.devices_per_domain} devices",
         rule=f"{', '.join(INNER)} lie whole within one {unit} everywhere, or cover equal parts of several",
-        fix=f"mesh.{axis} = {' or '.join(fits)}" if fits else f"a smaller axis inside {axis}",
+        fix=alone if fits else together,
     )
+
+
+def _lies_evenly(config: MeshConfig, grid: np.ndarray) -> bool:
+    try:
+        sizes = config.sizes(grid.size)
+    except LayoutError:
+        return False
+    return _uneven(grid.reshape(tuple(sizes.values()))) is None
 
 
 def describe(mesh: Mesh) -> str:

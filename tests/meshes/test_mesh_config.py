@@ -112,6 +112,7 @@ def test_one_process_per_gpu_gives_the_same_mesh_as_one_per_host(pod):
         (dict(tensor=12), "tensor", "1 or 2 or 4 or 8"),
         (dict(tensor=2, context=3), "context", "1 or 2 or 4"),
         (dict(expert=6), "expert", "1 or 2 or 4 or 8"),
+        (dict(data=4, tensor=3), "tensor", "1 or 2"),  # 4 x 4 and 4 x 8 do not divide 24
         (dict(tensor=8, context=1, expert=3, fsdp=1), None, None),  # three whole hosts
         (dict(tensor=8, fsdp=3), None, None),
         (dict(data=4, fsdp=6), None, None),  # outer axes may be uneven
@@ -126,6 +127,30 @@ def test_an_inner_axis_that_straddles_hosts_unevenly_is_refused(pod, sizes, axis
     with pytest.raises(LayoutError, match=rf"mesh.{axis} = {sizes[axis]} would straddle hosts unevenly") as error:
         meshes.make(MeshConfig(**sizes), devices)
     assert error.value.fix == f"mesh.{axis} = {fix}"
+
+
+def test_every_fix_that_is_offered_for_an_uneven_axis_works(pod):
+    fixes, devices = 0, pod(3, 8)
+    for data, fsdp, context, tensor in itertools.product((1, 2, 3, 4), (-1, 1, 2), (1, 2, 3, 4), (2, 3, 4, 6, 12)):
+        sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+        try:
+            meshes.make(MeshConfig(**sizes), devices)
+        except LayoutError as error:
+            if "straddle" in str(error) and error.fix.startswith("mesh."):
+                axis, fits = error.fix.removeprefix("mesh.").split(" = ")
+                for size in fits.split(" or "):
+                    assert meshes.make(MeshConfig(**sizes | {axis: int(size)}), devices).size == 24
+                    fixes += 1
+    assert fixes > 20
+
+
+def test_where_no_size_of_an_uneven_axis_alone_helps_the_rule_for_all_inner_ones_is_offered(pod):
+    for sizes in (dict(data=8, fsdp=1, tensor=3), dict(context=2, tensor=3)):
+        with pytest.raises(LayoutError, match="straddle") as error:
+            meshes.make(MeshConfig(**sizes), pod(3, 8))
+        assert error.value.fix == "expert x context x tensor that divides 8, and one axis at -1 for the rest"
+    for context, tensor in ((2, 2), (2, 4), (8, 1)):
+        meshes.make(MeshConfig(context=context, tensor=tensor), pod(3, 8))
 
 
 def test_an_odd_inner_axis_is_fine_inside_one_host_or_one_nvlink_domain(pod):
