@@ -23,19 +23,21 @@ TRIED = 2000  # meshes, from the closest on, before none is named: 0.2 s
 def check_layout(config: RunConfig, num_devices: int, platform: str = "") -> dict[str, int]:
     """The mesh's sizes on this many devices, if batch, sequence and model fit them.
 
-    `platform`: the devices', where it is known; then what is required and cannot run there is refused too. Raises ConfigError or LayoutError, whose fix names the closest mesh that works.
+    `platform`: the devices', where it is known; then what is required and cannot run there is refused too. Raises
+    ConfigError or LayoutError, whose fix names the closest mesh that works. Where there is none it names no mesh at all:
+    one that an error would offer by itself fills the devices or suits the model, not both, and the two refer to each other.
     """
     try:
         sizes = config.mesh.sizes(num_devices)
     except LayoutError as error:
         more = math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
         other = [f"{more} devices (--fake-devices {more} on CPUs)"] if more > num_devices else []
-        raise _with_fix(error, [*_closest(config, num_devices, platform), *other] or [error.fix]) from None
+        raise _with_fix(error, [*_closest(config, num_devices, platform), *other]) from None
     try:
         _check(config, sizes, platform)
     except UserError as error:
         near = _closest(config, num_devices, platform)
-        own = [error.fix] if error.fix and not (near and isinstance(error, DivisionError)) else []
+        own = [error.fix] if error.fix and not isinstance(error, DivisionError) else []
         raise _with_fix(error, own + near) from None
     return sizes
 

@@ -388,6 +388,15 @@ def test_a_layout_that_does_not_fit_is_refused_before_it_runs(change, words):
         check_layout(dataclasses.replace(TINY, **change), 8)
 
 
+@pytest.mark.parametrize(("fsdp", "words"), [(-1, "does not divide over fsdp"), (16, "cannot fill 512 devices")])
+def test_where_no_mesh_works_no_fix_names_one(fsdp, words):
+    """Eight rows in 16 parts of the sequence on two heads are work for 256 devices."""
+    config = dataclasses.replace(TINY, mesh=MeshConfig(fsdp=fsdp))
+    with pytest.raises(LayoutError, match=words) as error:
+        check_layout(config, 512)
+    assert error.value.fix == ""
+
+
 MIXTURE = moe.Config(vocab_size=64, dim=16, num_layers=2, heads=Grouped(num_heads=2, num_kv_heads=2, head_dim=8), experts=moe.Experts(num_experts=8, num_chosen=2, ffn=32))  # fmt: skip
 
 
