@@ -260,7 +260,7 @@ def _fixed(way: Capacity, place: Place, x_BSD, chosen_BSk, weights: Weights) -> 
 
 def capacity(factor: float, seq_len: int, num_chosen: int, num_experts: int) -> int:
     """The choices of one sequence that an expert takes, at most: `factor` times the mean, rounded up."""
-    return math.ceil(factor * seq_len * num_chosen / num_experts)
+    return math.ceil(round(factor * seq_len * num_chosen / num_experts, 9))  # 1.1 x 100 is 110.00000000000001
 
 
 def _in_sequence(place: Place, chosen_BSk, num_experts: int) -> Array:

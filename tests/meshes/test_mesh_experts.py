@@ -198,5 +198,6 @@ def test_experts_on_an_axis_that_holds_no_tokens_are_refused():
 
 def test_a_capacity_is_a_positive_factor():
     assert experts.capacity(1.25, 16, 3, 8) == 8 and experts.capacity(0.01, 16, 3, 8) == 1
+    assert experts.capacity(1.1, 100, 1, 10) == 11  # where 1.1 * 100 / 10 in floating point is more
     with pytest.raises(LayoutError, match="leaves no room"):
         Capacity(factor=0.0)
