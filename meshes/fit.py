@@ -16,13 +16,19 @@ def cuts(sizes: Mapping[str, int], mapping: Mapping[str, Axes], letters: Letters
     return [{axis: sizes[axis] for axis in axes if sizes.get(axis, 1) > 1} for axes in dims_of(mapping, letters)]
 
 
-def check_letters(letters: Letters, mapping: Mapping[str, Axes], name: str) -> None:
-    """Raises LayoutError for no letter of the alphabet, and where two dims are on one mesh axis."""
-    owner: dict[str, str] = {}
-    for letter, axes in zip(letters, dims_of(mapping, letters)):
+def check_alphabet(letters: Letters, name: str) -> None:
+    """Raises LayoutError for no letter of the alphabet."""
+    for letter in letters:
         if letter != NAMELESS and letter not in LETTERS:
             fix = closest(letter, (*LETTERS, NAMELESS))
             raise LayoutError(f"{name} {letters!r}: {letter!r} is no letter of the alphabet.", fix=fix)
+
+
+def check_letters(letters: Letters, mapping: Mapping[str, Axes], name: str) -> None:
+    """Raises LayoutError for no letter of the alphabet, and where two dims are on one mesh axis."""
+    check_alphabet(letters, name)
+    owner: dict[str, str] = {}
+    for letter, axes in zip(letters, dims_of(mapping, letters)):
         for axis in axes:
             if axis in owner:
                 raise LayoutError(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meshes.errors import LayoutError
-from meshes.fit import check_axes, check_letters, check_mesh, check_shape
+from meshes.fit import check_alphabet, check_axes, check_letters, check_mesh, check_shape
 from meshes.rules import Axes, Letters, Rules, axes_of, dims_of
 
 
@@ -60,8 +60,12 @@ def current() -> Layout | None:
 
 
 def spec(letters: Letters, mapping: Mapping[str, Axes]) -> PartitionSpec:
-    """"BSF" -> PartitionSpec with the axes of each letter, of sizes 1 too. Raises LayoutError as `check` does."""
+    """"BSF" -> PartitionSpec with the axes of each letter, of sizes 1 too. Raises LayoutError as `check` does.
+
+    It knows no mesh, so it takes the axes in AXES alone; `sharding` takes those of a mesh as well.
+    """
     check_letters(letters, mapping, "an array")
+    check_axes({}, mapping, letters)
     return _spec(letters, mapping, keep=lambda axis: True)
 
 
@@ -165,8 +169,10 @@ def free_axes(layout: Layout) -> tuple[Mesh | AbstractMesh, dict[str, int]]:
 def axis_size(letters: Letters) -> int:
     """Into how many shards the current `acts` rules cut these letters' dims together; 1 where no layout is in use.
 
-    Inside a shard_map the manual axes do not count: what is seen there is one shard of them.
+    Inside a shard_map the manual axes do not count: what is seen there is one shard of them. Raises LayoutError for no
+    letter of the alphabet.
     """
+    check_alphabet(letters, "dims")
     layout = current()
     if layout is None:
         return 1

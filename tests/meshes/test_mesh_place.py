@@ -169,6 +169,18 @@ def test_rules_work_on_a_mesh_that_lacks_axes_or_has_its_own():
         meshes.sharding(mesh, "BF", {"F": "tensors"})
 
 
+def test_a_spec_of_an_axis_that_is_none_is_refused():
+    with pytest.raises(LayoutError, match="F is put on 'tensors', which is no mesh axis(?s:.*)did you mean 'tensor'"):
+        meshes.spec("BF", {"F": "tensors"})
+
+
+def test_shards_of_what_is_no_letter_are_refused_with_and_without_a_layout():
+    with pytest.raises(LayoutError, match="dims 'BQ': 'Q' is no letter of the alphabet"):
+        meshes.axis_size("BQ")
+    with meshes.use(meshes.make(MeshConfig(tensor=2)), DEFAULT), pytest.raises(LayoutError, match="'Q' is no letter"):
+        meshes.axis_size("Q")
+
+
 def test_a_mesh_with_an_axis_that_no_rules_can_name_is_refused():
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensors"))
     with pytest.raises(LayoutError, match="(?s)'tensors', which no rules can name.*data 2 x tensors 4.*mean 'tensor'"):
