@@ -76,7 +76,11 @@ def _spec(letters: Letters, mapping: Mapping[str, Axes], keep: Any) -> Partition
 
 def sharding(mesh: Mesh, letters: Letters, mapping: Mapping[str, Axes]) -> NamedSharding:
     """"BSF" -> its sharding on `mesh`; axes that the mesh lacks, or has at size 1, are left out of the spec."""
-    check_letters(letters, mapping, "an array")
+    return _sharding(mesh, letters, mapping, "an array")
+
+
+def _sharding(mesh: Mesh, letters: Letters, mapping: Mapping[str, Axes], name: str) -> NamedSharding:
+    check_letters(letters, mapping, name)
     check_axes(mesh.shape, mapping, letters)
     return NamedSharding(mesh, _spec(letters, mapping, keep=lambda axis: mesh.shape.get(axis, 1) > 1))
 
@@ -90,8 +94,13 @@ def aligned(like: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def shardings(mesh: Mesh, mapping: Mapping[str, Axes], letters: Any) -> Any:
-    """A pytree of letters -> the same tree of NamedSharding. A leaf None or "" is replicated."""
-    return jax.tree.map(lambda leaf: sharding(mesh, leaf or "", mapping), letters, is_leaf=lambda leaf: leaf is None)
+    """A pytree of letters -> the same tree of NamedSharding. A leaf None or "" is replicated. Errors name the leaf."""
+
+    def of(path: tuple, leaf: Letters | None) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "an array"
+        return _sharding(mesh, leaf or "", mapping, name)
+
+    return jax.tree_util.tree_map_with_path(of, letters, is_leaf=lambda leaf: leaf is None)
 
 
 def per_device(mesh: Mesh) -> NamedSharding:

@@ -155,6 +155,13 @@ def test_a_tree_of_letters_becomes_the_same_tree_of_shardings():
     }
 
 
+def test_a_leaf_of_a_tree_that_cannot_be_laid_out_is_refused_by_name():
+    mesh = meshes.make(MeshConfig(tensor=2))
+    for tree, said in (({"a": [None, {"up": "DQ"}]}, "^a/1/up 'DQ': 'Q' is no"), ("FN", "^an array 'FN': F and N are both")):
+        with pytest.raises(LayoutError, match=said):
+            meshes.shardings(mesh, DEFAULT.params, tree)
+
+
 def test_axes_of_size_one_are_left_out_of_shardings_and_kept_in_specs():
     mesh = meshes.make(MeshConfig(data=2, fsdp=4))
     assert meshes.spec("BS", DEFAULT.acts) == P(("replica", "data", "stage", "fsdp", "expert"), "context")
