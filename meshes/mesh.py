@@ -37,7 +37,7 @@ class MeshConfig:
     def __post_init__(self):
         for axis in AXES:
             size = getattr(self, axis)
-            if not isinstance(size, int) or (size < 1 and size != -1):
+            if type(size) is not int or (size < 1 and size != -1):  # True is an int too
                 rule = "an axis is a whole number, 1 or more, or -1 for the rest"
                 raise LayoutError(f"mesh.{axis} = {size!r} is no size.", rule=rule, fix=f"mesh.{axis} = 1")
         if len(free := self._free) > 1:
@@ -53,6 +53,8 @@ class MeshConfig:
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Axis name -> size, whose product is `num_devices`. Raises LayoutError where there is no such filling."""
+        if num_devices < 1:
+            raise LayoutError("a mesh has no devices.", got=f"{num_devices} devices", rule="one or more", fix="jax.devices(), or some of them")
         sizes, free = {axis: getattr(self, axis) for axis in AXES}, self._free
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if num_devices % fixed or (not free and fixed != num_devices):

@@ -51,6 +51,7 @@ def test_sizes_that_do_not_fill_are_refused_with_what_would_fit(config, said):
         (dict(tensor=-2), "mesh.tensor = -2 is no size"),
         (dict(tensor="2"), "mesh.tensor = '2' is no size.*a whole number"),
         (dict(fsdp=2.0), "mesh.fsdp = 2.0 is no size"),
+        (dict(tensor=True), "mesh.tensor = True is no size"),
     ],
 )
 def test_what_fits_no_number_of_devices_is_refused_when_it_is_written(sizes, said):
@@ -83,6 +84,11 @@ def test_a_mesh_has_all_axes_and_is_auto_on_the_devices_that_are_there():
     assert mesh.axis_names == tuple(AXES) and mesh.devices.shape == (1, 2, 1, 2, 1, 1, 2)
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert list(mesh.devices.flat) == jax.devices()
+
+
+def test_a_mesh_of_no_devices_is_refused():
+    with pytest.raises(LayoutError, match="(?s)a mesh has no devices.*got   0 devices"):
+        meshes.make(MeshConfig(), [])
 
 
 def test_device_order_does_not_depend_on_the_order_given(pod):
