@@ -202,8 +202,10 @@ def platform() -> str:
 def local_rows(mesh: Mesh, rules: Rules, num_rows: int, *, process_index: int | None = None) -> np.ndarray:
     """The row numbers, ascending, of a batch of `num_rows` that this process (or the one named) must provide.
 
-    Processes may share rows. Raises LayoutError where the rows do not divide.
+    Processes may share rows. Raises LayoutError where the rows do not divide, or are no whole number.
     """
+    if not isinstance(num_rows, int | np.integer) or num_rows < 0:  # jax would keep a shape with 8.0 for one with 8
+        raise LayoutError(f"num_rows = {num_rows!r} is no number of rows.", rule="a whole number, 0 or more")
     check(mesh, rules.acts, "B", (num_rows,), "a batch")
     me = jax.process_index() if process_index is None else process_index
     blocks = sharding(mesh, "B", rules.acts).devices_indices_map((num_rows,)).items()

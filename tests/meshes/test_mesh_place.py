@@ -264,6 +264,15 @@ def test_local_rows_are_those_that_the_processes_devices_hold(pod, name, sizes):
     assert set.union(*held.values()) == set(range(num_rows))
 
 
+def test_what_is_no_number_of_rows_is_refused_and_leaves_the_next_call_alone():
+    mesh = meshes.make(MeshConfig())
+    for num_rows in (-8, 40.0, "8", None):  # no other test has 40 rows: jax keeps what it has found of a shape
+        with pytest.raises(LayoutError, match=f"num_rows = {num_rows!r} is no number of rows"):
+            meshes.local_rows(mesh, DEFAULT, num_rows)
+    assert meshes.local_rows(mesh, DEFAULT, 40).tolist() == meshes.local_rows(mesh, DEFAULT, np.int64(40)).tolist()
+    assert meshes.local_rows(mesh, DEFAULT, 0).tolist() == []
+
+
 def test_processes_share_rows_where_tensor_crosses_them_and_not_otherwise(pod):
     def rows(**sizes):
         mesh = meshes.make(MeshConfig(**sizes), pod(4, 8))
