@@ -13,17 +13,7 @@ from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step, lowered
 from meshes import DEFAULT, Gathered, LayoutError, Ring, Ulysses
 from models.attention import CuDNN, Tiled
-from tests.parity.test_layouts import (
-    CONFIG,
-    MODEL,
-    ONE_UPDATE,
-    REORDERED,
-    _assert_close,
-    _batch,
-    _gradients,
-    _on,
-    _one_device,
-)
+from tests.parity.test_layouts import CONFIG, MODEL, REORDERED, _assert_same_update, _batch, _on
 
 WAYS = {"ring": Ring(), "gathered": Gathered(), "Ulysses": Ulysses(), "natural": Ring(zigzag=False)}
 MESHES = {
@@ -52,10 +42,7 @@ ROWS = [
 def test_a_step_over_a_cut_sequence_equals_one_device(mesh, way, capfd):
     config = dataclasses.replace(CONFIG, rules=dataclasses.replace(DEFAULT, context=WAYS[way]))
     loss, ours, *_ = _on(config, **({"fsdp": 1} | MESHES[mesh]))
-    expected_loss, expected = _one_device(CONFIG)
-    assert loss == pytest.approx(expected_loss, rel=REORDERED)
-    _assert_close(_gradients(ours), _gradients(expected), REORDERED)
-    _assert_close(ours.params, expected.params, ONE_UPDATE)
+    _assert_same_update(loss, ours, CONFIG)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
@@ -74,9 +61,7 @@ VARIANTS = [
 def test_accumulation_and_remat_over_a_cut_sequence_equal_one_device(changes):
     config = dataclasses.replace(CONFIG, **changes)
     loss, ours, *_ = _on(config, fsdp=1, data=2, context=2, tensor=2)
-    expected_loss, expected = _one_device(dataclasses.replace(config, accumulate=1, rules=DEFAULT))
-    assert loss == pytest.approx(expected_loss, rel=REORDERED)
-    _assert_close(_gradients(ours), _gradients(expected), REORDERED)
+    _assert_same_update(loss, ours, dataclasses.replace(config, accumulate=1, rules=DEFAULT))
 
 
 @cache

@@ -19,17 +19,7 @@ from jaxtrain.train.state import Blueprint
 from jaxtrain.train.step import eval_step, lowered
 from meshes import DEFAULT, ZERO1, Gathered, GPipe, Interleaved, OneFOneB, Ring, Ulysses, ZeroBubble, pipeline
 from tests.parity.test_experts import MODELS
-from tests.parity.test_layouts import (
-    CONFIG,
-    MODEL,
-    ONE_UPDATE,
-    REORDERED,
-    _assert_close,
-    _batch,
-    _gradients,
-    _on,
-    _one_device,
-)
+from tests.parity.test_layouts import CONFIG, MODEL, REORDERED, _assert_same_update, _batch, _on
 
 FIVE = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_layers=5))  # which 2 and 4 do not divide
 TIED = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, tied=True))
@@ -43,10 +33,7 @@ def _with(config, pipeline, rules=DEFAULT, **changes):
 def _assert_equal_to_one_device(config, **sizes):
     loss, ours, *_ = _on(config, **({"fsdp": 1} | sizes))
     plain = dataclasses.replace(config, rules=DEFAULT, accumulate=1)
-    expected_loss, expected = _one_device(plain)
-    assert loss == pytest.approx(expected_loss, rel=REORDERED)
-    _assert_close(_gradients(ours), _gradients(expected), REORDERED)
-    _assert_close(ours.params, expected.params, ONE_UPDATE)
+    _assert_same_update(loss, ours, plain)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from meshes import DEFAULT, MeshConfig, make
 from models.llama import Config
 from tests.parity import test_experts as mixtures
 from tests.parity.programs import WHOLE_KEYS
-from tests.parity.test_experts import _assert_equal_metrics, _assert_same_way, _config, _run
-from tests.parity.test_layouts import REORDERED, _assert_close, _assert_same_sharding, _gradients
+from tests.parity.test_experts import THREE_UPDATES, _assert_equal_metrics, _config, _run
+from tests.parity.test_layouts import REORDERED, _assert_close, _assert_same_sharding, _assert_same_way, _gradients
 
 DENSE = Config(vocab_size=64, dim=32, num_layers=5, num_heads=8, num_kv_heads=4, head_dim=8, ffn=64)
 MODELS = {"dense": DENSE} | mixtures.MODELS
@@ -108,5 +108,5 @@ def _assert_trains_as_on_one_device(config, layout):
     expected_metrics, expected = mixtures._one_device(dataclasses.replace(config, rules=DEFAULT))
     _assert_equal_metrics(metrics, expected_metrics)
     _assert_close(_gradients(states[0]), _gradients(expected[0]), REORDERED)
-    jax.tree_util.tree_map_with_path(_assert_same_way, states[0].params, states[2].params, expected[2].params)
+    _assert_same_way(states[0].params, states[2].params, expected[2].params, THREE_UPDATES)
     jax.tree.map(_assert_same_sharding, placed.opt[0].mu, placed.params)
