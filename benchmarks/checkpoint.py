@@ -13,9 +13,7 @@ Memory is the process's resident set.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -24,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +30,14 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
+from benchmarks import program
 from jaxtrain import runtime
 from jaxtrain.checkpoint import CheckpointConfig, Checkpoints
 
 LAYERS, DIM = 8, 1024
 QUIET_CORES = 0.25  # of which the kernel's writing to disk is up to 0.1
 NOTE = dict(config={}, data={})
+PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy")
 NAMES = {
     "step": "undisturbed step, s",
     "sync": "save with nothing beside it, s",
@@ -67,8 +66,7 @@ def main() -> int:
         rounds, rows = measure(Path(folder), options)
     for name, value in rows.items():
         print(f"{name:<52}{value:>8.2f}")
-    if options.out:
-        Path(options.out).write_text(json.dumps(facts() | {"rows": rows, "rounds": rounds}, indent=1))
+    program.write(options.out, program.facts(*PACKAGES) | {"rows": rows, "rounds": rounds})
     return 0
 
 
@@ -216,14 +214,6 @@ def settled() -> int:
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def facts() -> dict[str, Any]:
-    names = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy")
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    machine = {"system": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-    return {"command": ["python", "-m", "benchmarks.checkpoint", *sys.argv[1:]], "machine": machine, "versions": versions}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import socket
 import ssl
@@ -31,6 +30,7 @@ from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 
+from benchmarks import program
 from jaxtrain.descriptors import more_descriptors
 from jaxtrain.resilience import pulse, verdict, wire
 from jaxtrain.resilience.channel import HERE, Hub, Line
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--payload", type=int, default=512, help="megabytes that one host sends, afterwards")
-    parser.add_argument("--out", default="benchmarks/results/control_plane.json")
+    parser.add_argument("--out", default="")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     rows = reports(options.hosts, options.seconds, cores)
@@ -64,8 +64,7 @@ def main() -> int:
     rows |= payload_rows(options.payload)
     for name, value in rows.items():
         print(f"{name:<64}{value:>12,.3f}")
-    if options.out:
-        Path(options.out).write_text(json.dumps(facts(cores) | {"rows": rows}, indent=1) + "\n")
+    program.write(options.out, program.facts() | {"openssl": ssl.OPENSSL_VERSION, "rows": rows})
     return 1 if rows["reports lost"] or not rows["looks at all of them"] or rows["lead, share of one core"] >= 1 else 0
 
 
@@ -294,20 +293,6 @@ def wait_for(line: Line) -> None:
     while line.lead().state != HERE:
         assert time.monotonic() < end, line.why
         time.sleep(0.01)
-
-
-def facts(cores: list[int]) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "command": " ".join(["python -m benchmarks.control_plane", *sys.argv[1:]]),
-        "load average": os.getloadavg()[0],  # of other processes too, which make reports late
-        "system": platform.platform(),
-        "machine": names[0] if names else platform.machine(),
-        "cores": len(cores),
-        "python": platform.python_version(),
-        "openssl": ssl.OPENSSL_VERSION,
-    }
 
 
 if __name__ == "__main__":

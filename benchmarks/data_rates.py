@@ -10,9 +10,7 @@ second of CPU over all processes: the second number holds on a machine that othe
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
 import sys
 import sysconfig
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import program
 from jaxtrain.data import Dataset, HuggingFace, Text, open_dataset, prepared
 from jaxtrain.data.dataset import source_documents
 from jaxtrain.data.tokenizer import open_tokenizer, train_bpe
@@ -44,14 +43,7 @@ def main() -> int:
     print(f"{'millions per second of':<48}{'wall':>8}{'CPU':>8}")
     for name, rates in rows.items():
         print(f"{name:<48}{rates[0]:>8.1f}{rates[1]:>8.1f}")
-    if options.out:
-        facts = {
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "machine": platform.processor(),
-        }
-        Path(options.out).write_text(json.dumps(facts | {"cores": os.cpu_count(), "rates": rows}, indent=1))
+    program.write(options.out, program.facts("numpy", "tokenizers") | {"rates": rows})
     return 0
 
 

@@ -1,14 +1,15 @@
-"""What this machine's NVIDIA GPUs can do, and what our step of a dense model makes of it. `python -m benchmarks.gpu`
+"""What this machine's NVIDIA GPUs can do, and what our step of a dense model makes of it.
+
+    python -m benchmarks.gpu [--tiny] [--size NAME] [--batch-per-device N] [--seq-len N] [--remat WHAT] [--out FILE.json]
 
 Matmul and copy rates of one card first; then the step: time, MFU against the published peak, peak memory, and the
-kernels that it was compiled to. Prints tables and writes them as JSON with versions, devices and command. `--tiny`
-runs all of it in seconds on whatever is there, to see that it works; its figures mean nothing.
+kernels that it was compiled to. `--tiny` runs all of it in seconds on whatever is there, to see that it works; its figures
+mean nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import statistics
 import time
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import program
 from jaxtrain.errors import RunError
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS = 10  # calls that are timed together, so that dispatch hides behind the device
 ROUNDS = 3  # of REPEATS; the median counts
 
@@ -36,7 +37,7 @@ class Options:
     matmul_sides: tuple[int, ...] = (4096, 8192, 16384)
     copy_bytes: int = 2**32
     tiny: bool = False  # the smallest of everything, on one device of any kind
-    out: Path | None = None  # None: benchmarks/results/gpu-KIND.json
+    out: Path | None = None
 
 
 TINY = Options(size="1m", batch_per_device=1, seq_len=64, matmul_sides=(64, 128), copy_bytes=2**16, tiny=True)
@@ -216,11 +217,7 @@ def main(argv: list[str]) -> int:
     result["step"] = _shown(train(options))
     result["attention"] = attention(result["step"]["kernels"])
     print(f"  {'attention':<28}{result['attention']}")
-    path = options.out or RESULTS / f"gpu-{device.device_kind.replace(' ', '-').lower()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"options": dataclasses.asdict(options), **result, "environment": runtime.environment()}
-    path.write_text(json.dumps(facts, indent=1, default=str) + "\n")
-    print(path)
+    program.write(options.out, {"options": dataclasses.asdict(options), **result, "environment": runtime.environment()})
     return 0
 
 

@@ -1,4 +1,6 @@
-"""What supervision, recorder, snapshots and hashes cost a step together, inside a real run. `python -m benchmarks.overhead`
+"""What supervision, recorder, snapshots and hashes cost a step together, inside a real run.
+
+    python -m benchmarks.overhead [--steps N] [--out FILE.json]
 
 A run of one process with two CPU devices that hold a copy of the state each, under `jaxtrain launch`, with a snapshot every
 20 steps, copies compared before each and a row of metrics every 10. Its config wraps the parts in clocks: of each the
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import program
+
 STEP_S = 0.5  # the step's time that the goal speaks of
 FIRST = 40  # steps that are not counted: programs are compiled, both slots get their memory
 CONFIG = """
@@ -48,6 +49,7 @@ clocked({out!r}, config)
 @dataclass(frozen=True, kw_only=True)
 class Options:
     steps: int = 200
+    out: Path | None = None
 
 
 def main() -> None:
@@ -69,13 +71,10 @@ def main() -> None:
     for name, seconds in rows.items():
         print(f"{name:<48}{1e3 * seconds / steps:>8.3f} ms a step")
     print(f"{'together':<48}{1e3 * total:>8.3f} ms a step of {1e3 * step_s:.0f}: {total / step_s:.2%}; of 500 ms: {total / STEP_S:.2%}")
-    RESULTS.mkdir(exist_ok=True)
-    packages = {name: version(name) for name in ("jax", "jaxlib")}
-    where = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), "versions": packages}
-    result = {"command": "python -m benchmarks.overhead", "options": asdict(options), "load before": load, "step_seconds": step_s}
+    result = {"options": asdict(options), "load before": load, "step_seconds": step_s}
     result |= {"ms_per_step": {name: 1e3 * seconds / steps for name, seconds in rows.items()}}
     result |= {"of_step": total / step_s, "of_500_ms": total / STEP_S}
-    (RESULTS / "overhead.json").write_text(json.dumps(result | where, indent=1) + "\n")
+    program.write(options.out, result | program.facts("jax", "jaxlib"))
 
 
 def clocked(out: str, config: Any) -> None:

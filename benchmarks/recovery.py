@@ -1,15 +1,15 @@
-"""From a failure to the next completed step, part by part. `python -m benchmarks.recovery`
+"""From a failure to the next completed step, part by part.
+
+    python -m benchmarks.recovery [--kills N] [--hangs N] [--processes N] [--floor SECONDS] [--seed N] [--out FILE.json]
 
 A small run of four processes on CPU devices under `jaxtrain launch`; its trainers are killed or stopped from outside, one
 after the other, at a random moment after the standbys for the next generation are there. Prints medians of detection,
-verdict, fencing, start, restore, first step and catch-up (steps computed again) and writes all of it as JSON.
+verdict, fencing, start, restore, first step and catch-up (steps computed again).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import queue
 import random
 import re
@@ -21,11 +21,11 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import program
+
 CONFIG = """
 import dataclasses
 from jaxtrain.checkpoint.policy import CheckpointConfig
@@ -49,6 +49,7 @@ class Options:
     processes: int = 4
     floor: float = 10.0  # seconds, the least deadline of a phase
     seed: int = 0
+    out: Path | None = None
 
 
 def main() -> None:
@@ -62,11 +63,8 @@ def main() -> None:
     print(f"{'seconds':<9}" + "".join(f"{column:>15}" for column in columns))
     for kind, parts in medians.items():
         print(f"{kind:<9}" + "".join(f"{value:>15.2f}" for value in parts.values()))
-    RESULTS.mkdir(exist_ok=True)
-    packages = {name: version(name) for name in ("jax", "jaxlib", "orbax-checkpoint")}
-    where = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), "versions": packages}
-    result = {"command": "python -m benchmarks.recovery", "options": asdict(options), "medians": medians, "incidents": rows}
-    (RESULTS / "recovery.json").write_text(json.dumps(result | where, indent=1) + "\n")
+    result = {"options": asdict(options), "medians": medians, "incidents": rows}
+    program.write(options.out, result | program.facts("jax", "jaxlib", "orbax-checkpoint"))
 
 
 def measured(options: Options, folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ time of `every` steps. Other work on the machine disturbs `lost` by more than it
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from benchmarks.checkpoint import Step, busy_elsewhere, facts, training
+from benchmarks import program
+from benchmarks.checkpoint import PACKAGES, Step, busy_elsewhere, training
 from jaxtrain import runtime
 from jaxtrain.observe.recorder import Recorder
 from jaxtrain.observe.sinks import Jsonl, TensorBoard
@@ -57,9 +57,7 @@ def main() -> int:
     rows |= {text: statistics.median(r[name] for r in rounds) for name, text in NAMES.items()}
     for name, value in rows.items():
         print(f"{name:<40}{value:>10.4f}")
-    if options.out:
-        command = ["python", "-m", "benchmarks.snapshots", *sys.argv[1:]]
-        Path(options.out).write_text(json.dumps(facts() | {"command": command, "rows": rows, "rounds": rounds}, indent=1))
+    program.write(options.out, program.facts(*PACKAGES) | {"rows": rows, "rounds": rounds})
     return 0
 
 

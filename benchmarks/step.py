@@ -1,13 +1,14 @@
-"""Our training step beside a tuned hand-written one, and the time from process start to the first step. `python -m benchmarks.step`
+"""Our training step beside a tuned hand-written one, and the time from process start to the first step.
+
+    python -m benchmarks.step [--rounds N] [--start-rounds N] [--out FILE.json]
 
 Both steps run in one process, alternately, on the same shapes; other work on the machine hits both. Prints medians and
-ratios of wall and CPU time and writes them as JSON with versions, machine and command.
+ratios of wall and CPU time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import program
+
 FACTS = ("system", "python", "versions", "code", "devices", "xla_flags")  # of the environment: what a reader compares
 START = """
 import dataclasses
@@ -32,6 +34,7 @@ config = dataclasses.replace(run_config(), name="start", steps=1, runs_dir="runs
 class Options:
     rounds: int = 15  # of one call of each step
     start_rounds: int = 3  # process starts with a warm cache; one more with a cold one. 0 leaves them out
+    out: Path | None = None
 
 
 def run_config():
@@ -157,11 +160,8 @@ def main() -> None:
     if begins:
         result["start_to_first_step_seconds"] = begins
         print("process start to first step: cold {cold:.1f} s, warm {warm:.1f} s".format(**begins))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "step.json"
     where = {name: fact for name, fact in runtime.environment().items() if name in FACTS}
-    path.write_text(json.dumps({"command": "python -m benchmarks.step"} | result | where, indent=1) + "\n")
-    print(path)
+    program.write(options.out, result | where)
 
 
 if __name__ == "__main__":

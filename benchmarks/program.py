@@ -1,0 +1,35 @@
+"""What every benchmark does beside measuring: the command and machine of a result, its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def write(out: Path | str | None, result: dict[str, Any]) -> None:
+    """Only where a file was named: a run to see whether it works must not replace a result that others read."""
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps({"command": command()} | result, indent=1, default=str) + "\n")
+        print(out)
+
+
+def command() -> str:
+    """As it was given, in words that a shell takes."""
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def facts(*packages: str) -> dict[str, Any]:
+    """The machine and the versions of Python and of these packages."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    machine = {"system": platform.platform(), "cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+    machine["load"] = os.getloadavg()[0]  # of other processes too
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    return {"machine": machine, "versions": versions}
