@@ -16,7 +16,6 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -217,4 +216,4 @@ def resident() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main)

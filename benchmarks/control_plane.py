@@ -19,7 +19,6 @@ import random
 import socket
 import ssl
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -296,4 +295,4 @@ def wait_for(line: Line) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import sys
 import sysconfig
 import tempfile
 import time
@@ -27,6 +26,7 @@ from benchmarks import program
 from jaxtrain.data import Dataset, HuggingFace, Text, open_dataset, prepared
 from jaxtrain.data.dataset import source_documents
 from jaxtrain.data.tokenizer import open_tokenizer, train_bpe
+from jaxtrain.errors import DataError
 
 SHAPES = ((256, 1024), (1024, 256), (4096, 64))  # (seq_len, batch), 262,144 tokens each
 
@@ -55,7 +55,10 @@ def prepare_rates(source: Text, folder: Path, workers: int) -> Rates:
     texts = [document.text for document in source_documents(source)]
     size = sum(map(len, texts))
     value = replace(source.tokenizer, file=str(folder / "tokenizer.json"))
-    train_bpe((text.decode("utf-8", "replace") for text in texts[:500]), value, 8192)
+    try:
+        train_bpe((text.decode("utf-8", "replace") for text in texts[:500]), value, 8192)
+    except DataError as error:  # whose fix, fewer tokens, no flag here can give
+        raise DataError(error.what, got=error.got, fix="--files of more text") from None
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer, some = open_tokenizer(value), texts[: len(texts) // 4]
     rows = {"tokenizer alone, bytes": rates(sum(map(len, some)), lambda: list(tokenizer.encode_documents(some)))}
@@ -100,4 +103,4 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main)

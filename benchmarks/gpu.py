@@ -234,7 +234,4 @@ def _shown(rows: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     import sys
 
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except RunError as error:
-        sys.exit(f"RunError: {error}")
+    program.run(main, sys.argv[1:])

@@ -133,4 +133,4 @@ def _cpu_seconds(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

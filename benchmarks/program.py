@@ -1,4 +1,4 @@
-"""What every benchmark does beside measuring: the command and machine of a result, its file."""
+"""What every benchmark does beside measuring: errors without a traceback, the command and machine of a result, its file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,22 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from jaxtrain.errors import UserError
+from jaxtrain.exits import Exit
+
+
+def run(main: Callable[..., int | None], *arguments: Any) -> None:
+    """Ends the process with what `main` returns, or with the words of its error, as the command `jaxtrain` does."""
+    try:
+        sys.exit(main(*arguments))
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", Exit.MISUSED))
 
 
 def write(out: Path | str | None, result: dict[str, Any]) -> None:

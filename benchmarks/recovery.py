@@ -139,4 +139,4 @@ def _allowed(line: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

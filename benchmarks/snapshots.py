@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -118,4 +117,4 @@ def behind(snapshots: Snapshots, number: int, state: Any) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main)
