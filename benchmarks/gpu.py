@@ -113,7 +113,7 @@ def batch_of(config: Any, mesh: Any) -> dict[str, Any]:
     return meshes.globalize(rows, mesh, config.rules, config.batch)
 
 
-def train(options: Options) -> dict[str, Any]:
+def train(options: Options, config: Any, devices: list[Any]) -> dict[str, Any]:
     """Compiles our step, sees that it fits, times it."""
     import jax
     import numpy as np
@@ -122,8 +122,6 @@ def train(options: Options) -> dict[str, Any]:
     from jaxtrain.train.state import Blueprint
     from jaxtrain.train.step import train_step
 
-    devices = jax.devices()[:1] if options.tiny else jax.devices()
-    config = run_config(options, len(devices))
     mesh = meshes.make(config.mesh, devices)
     blueprint = Blueprint(config, mesh)
     batch = batch_of(config, mesh)
@@ -212,9 +210,11 @@ def main(argv: list[str]) -> int:
             rule="an NVIDIA GPU and jax with CUDA (make cuda13)",
             fix="--tiny runs the same code on any device, to see that it works",
         )
+    devices = jax.devices()[:1] if options.tiny else jax.devices()
+    config = run_config(options, len(devices))  # first: what cannot run is refused before minutes of the card's
     print(f"{jax.device_count()} x {device.device_kind}")
     result: dict[str, Any] = {"card": _shown(card(options))}
-    result["step"] = _shown(train(options))
+    result["step"] = _shown(train(options, config, devices))
     result["attention"] = attention(result["step"]["kernels"])
     print(f"  {'attention':<28}{result['attention']}")
     program.write(options.out, {"options": dataclasses.asdict(options), **result, "environment": runtime.environment()})

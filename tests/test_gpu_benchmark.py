@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import gpu
 from jaxtrain import runtime
-from jaxtrain.errors import RunError
+from jaxtrain.errors import RunError, UserError
 
 # Lines of a step compiled for H200 by jax 0.10.2, shortened
 HLO = """
@@ -37,6 +37,13 @@ def test_the_tiny_form_measures_all_that_the_full_one_does(tmp_path, capsys):
     assert step["tokens/s/device"] == pytest.approx(64 / step["step s"])
     assert said["environment"]["versions"]["jax"] == jax.__version__ and said["options"]["tiny"]
     assert "tokens/s/device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--size", "nope"], ["--remat", "nope"]], ids=" ".join)
+def test_a_step_that_cannot_be_is_refused_before_the_card_is_measured(wrong, monkeypatch):
+    monkeypatch.setattr(gpu, "card", lambda options: pytest.fail("the card was measured"))
+    with pytest.raises(UserError, match="nope"):
+        gpu.main(["--tiny", *wrong])
 
 
 def test_without_a_gpu_it_says_so():
