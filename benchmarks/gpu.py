@@ -129,6 +129,7 @@ def train(options: Options, config: Any, devices: list[Any]) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = train_step(blueprint).lower(blueprint.abstract, batch, stop).compile()
     facts = {"compile s": time.perf_counter() - start, **memory(compiled, options)}
+    before = peak_bytes() or 0  # of the card's copy, and of kernels tried in compiling
     state = blueprint.init()
 
     def step() -> Any:
@@ -137,9 +138,16 @@ def train(options: Options, config: Any, devices: list[Any]) -> dict[str, Any]:
         return metrics["train/loss"]
 
     per_step = seconds(step)
-    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     facts |= speed(config, per_step, len(devices))
-    return facts | {"peak bytes": peak, "kernels": kernels(compiled.as_text())}
+    return facts | {"peak bytes": peak_bytes(before), "kernels": kernels(compiled.as_text())}
+
+
+def peak_bytes(before: int = 0) -> int | None:
+    """The most that one device has held in this process; None where that is not known or was so `before`, of other work."""
+    import jax
+
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return peak if peak > before else None
 
 
 def speed(config: Any, per_step: float, num_devices: int) -> dict[str, Any]:

@@ -66,6 +66,17 @@ def test_attention_is_what_was_compiled():
     assert gpu.attention({"__cublas$lt$matmul": 3}) == "plain XLA, no fused kernel"
 
 
+def test_a_peak_is_the_steps_only_where_nothing_before_it_held_as_much(monkeypatch):
+    stats = {"peak_bytes_in_use": 8}
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
+    before = gpu.peak_bytes()
+    assert before == 8 and gpu.peak_bytes(before) is None
+    stats["peak_bytes_in_use"] = 9
+    assert gpu.peak_bytes(before) == 9
+    stats.clear()  # a CPU device knows none
+    assert gpu.peak_bytes() is None
+
+
 def test_a_step_that_does_not_fit_is_refused_before_it_runs(monkeypatch):
     gib = 2**30
     gibs = dict(argument=14, temp=85, output=14, alias=14)
