@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import program
+from jaxtrain.errors import ConfigError
 
 STEP_S = 0.5  # the step's time that the goal speaks of
-FIRST = 40  # steps that are not counted: programs are compiled, both slots get their memory
+EVERY = 20  # steps from one snapshot to the next
+FIRST = 44  # steps that are not counted: programs are compiled, both slots get their memory, that of step 40 is written
 CONFIG = """
 import dataclasses
 from benchmarks.overhead import clocked
@@ -39,7 +41,7 @@ from tests.tiny import TINY
 model = Config(vocab_size=64, dim=384, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=64, ffn=1024)
 config = dataclasses.replace(
     TINY, name="overhead", model=model, steps={steps}, batch=2, seq_len=128, log_every=10, eval=None,
-    mesh=MeshConfig(data=-1, fsdp=1), health=Health(hash_every=100), snapshot=SnapshotConfig(every=20),
+    mesh=MeshConfig(data=-1, fsdp=1), health=Health(hash_every=100), snapshot=SnapshotConfig(every={every}),
     sinks=(Console(), Jsonl(), TensorBoard()), runs_dir={runs!r},
 )
 clocked({out!r}, config)
@@ -56,10 +58,16 @@ def main() -> None:
     import tyro
 
     options = tyro.cli(Options)
+    if counted(options.steps) < EVERY:
+        raise ConfigError(
+            f"--steps {options.steps} leaves nothing to count.",
+            rule=f"{FIRST} steps to warm up, at least {EVERY} from snapshot to snapshot, and the last one, with its save",
+            fix=f"--steps {FIRST + EVERY + 1}",
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.py").write_text(
-            CONFIG.format(steps=options.steps, runs=str(folder / "runs"), out=str(folder / "clocks.json"))
+            CONFIG.format(steps=options.steps, every=EVERY, runs=str(folder / "runs"), out=str(folder / "clocks.json"))
         )
         command = [sys.executable, "-m", "jaxtrain", "launch", "--processes", "1", "--devices-per-process", "2"]
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -75,6 +83,11 @@ def main() -> None:
     result |= {"ms_per_step": {name: 1e3 * seconds / steps for name, seconds in rows.items()}}
     result |= {"of_step": total / step_s, "of_500_ms": total / STEP_S}
     program.write(options.out, result | program.facts("jax", "jaxlib"))
+
+
+def counted(steps: int) -> int:
+    """Of a run's steps those from FIRST on that come in whole periods, so that each part is there as often as it should be."""
+    return (steps - 1 - FIRST) // EVERY * EVERY
 
 
 def clocked(out: str, config: Any) -> None:
@@ -117,7 +130,7 @@ def clocked(out: str, config: Any) -> None:
     def counting(self: Pulse, phase: str, step: int) -> None:
         if phase == "data" and step == FIRST:
             counts["on"], begun["at"], begun["supervisor"] = True, time.perf_counter(), _cpu_seconds(os.getppid())
-        if phase == "data" and step == config.steps - 1:
+        if phase == "data" and step == FIRST + counted(config.steps):
             counts["on"] = False
             seconds["supervision: CPU of the supervisor"] = _cpu_seconds(os.getppid()) - begun["supervisor"]
             wall = time.perf_counter() - begun["at"]
