@@ -225,7 +225,8 @@ def main(argv: list[str]) -> int:
     result["step"] = _shown(train(options, config, devices))
     result["attention"] = attention(result["step"]["kernels"])
     print(f"  {'attention':<28}{result['attention']}")
-    program.write(options.out, {"options": dataclasses.asdict(options), **result, "environment": runtime.environment()})
+    result |= {"options": dataclasses.asdict(options), "environment": runtime.environment()}
+    program.write(options.out, result, f"gpu-{device.device_kind.replace(' ', '-').lower()}")
     return 0
 
 

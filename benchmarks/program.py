@@ -15,6 +15,8 @@ from typing import Any
 from jaxtrain.errors import UserError
 from jaxtrain.exits import Exit
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def run(main: Callable[..., int | None], *arguments: Any) -> None:
     """Ends the process with what `main` returns, or with the words of its error, as the command `jaxtrain` does."""
@@ -25,17 +27,21 @@ def run(main: Callable[..., int | None], *arguments: Any) -> None:
         sys.exit(getattr(error, "exit_code", Exit.MISUSED))
 
 
-def write(out: Path | str | None, result: dict[str, Any]) -> None:
-    """Only where a file was named: a run to see whether it works must not replace a result that others read."""
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({"command": command()} | result, indent=1, default=str) + "\n")
-        print(out)
+def write(out: Path | str | None, result: dict[str, Any], name: str = "") -> None:
+    """Into `out`, else among the results, by the name of the benchmark or this one."""
+    path = Path(out or RESULTS / f"{name or _stem()}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": command()} | result, indent=1, default=str) + "\n")
+    print(path)
 
 
 def command() -> str:
     """As it was given, in words that a shell takes."""
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    return shlex.join(["python", "-m", f"benchmarks.{_stem()}", *sys.argv[1:]])
+
+
+def _stem() -> str:
+    return Path(sys.argv[0]).stem
 
 
 def facts(*packages: str) -> dict[str, Any]:

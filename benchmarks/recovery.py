@@ -95,7 +95,8 @@ class Run:
         from jaxtrain.resilience.host import memory_folder
 
         self.line, self._memory = "", memory_folder(folder / "runs" / "recovery")
-        command = [sys.executable, "-m", "jaxtrain", "launch", "--processes", str(processes), str(folder / "config.py")]
+        on = ["--processes", str(processes), "--devices-per-process", "1"]  # CPUs, whatever else the machine has
+        command = [sys.executable, "-m", "jaxtrain", "launch", *on, str(folder / "config.py")]
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self._lines: queue.Queue[str] = queue.Queue()

@@ -1,4 +1,4 @@
-"""What benchmarks share: results hold the command and go nowhere unless a file is named; errors are said in words."""
+"""What benchmarks share: results hold the command and have their place; errors are said in words."""
 
 import json
 import sys
@@ -19,10 +19,13 @@ def test_a_result_holds_the_command_as_it_was_given(tmp_path, monkeypatch):
     assert said["ratio"] == 1.0 and said["machine"]["cores"] > 0 and said["versions"].keys() == {"python", "jax"}
 
 
-def test_a_result_is_written_nowhere_unless_a_file_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    program.write(None, {}), program.write("", {})
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+@pytest.mark.parametrize(("name", "file"), [("", "step.json"), ("gpu-h200", "gpu-h200.json")])
+def test_a_result_goes_among_the_others_unless_a_file_is_named(tmp_path, monkeypatch, capsys, name, file):
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["/here/benchmarks/step.py"])
+    program.write("", {}, name)
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [file]
+    assert file in capsys.readouterr().out
 
 
 def test_a_user_error_ends_a_benchmark_with_its_words_and_code_alone(tmp_path, capsys):
