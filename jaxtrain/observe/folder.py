@@ -70,7 +70,6 @@ class RunFolder:
         print(f"continuing {self.path} with a changed config:\n        {_table(changed)}", flush=True)
         return _write(self.path / f"config.{len(kept)}.json", new, needed=bool(strict))
 
-
     def _put_aside(self, kept: list[Path]) -> None:
         """What a run of another config has left here, where there is more of it than the config."""
         rows = self.path / "metrics.jsonl"
