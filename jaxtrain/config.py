@@ -133,12 +133,7 @@ def check(config: RunConfig) -> RunConfig:
     ranges.check("", config, **from_one, z_loss=ranges.FROM_ZERO, seed=ranges.SEED)
     for source in (config.data, *([config.eval.data] if config.eval else [])):
         check_vocab(source, config.model.vocab_size)
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        raise ConfigError(
-            f"name = {config.name!r} is no folder name.",
-            rule="one path component that does not start with a dot; runs_dir is the folder above it",
-            fix=f"name = {config.name.lstrip('./').replace('/', '-') or 'run'!r}",
-        )
+    _check_folders(config)
     if config.batch % config.accumulate:
         raise ConfigError(
             f"batch = {config.batch} does not divide into accumulate = {config.accumulate} microbatches.",
@@ -160,6 +155,19 @@ def _check_plain(config: RunConfig) -> None:
                 rule="a config is plain data: text, numbers, True, False, None, paths, and tuples, dicts or dataclasses of them",
                 fix="put a name there, such as 'bfloat16', and look it up where it is used",
             )
+
+
+def _check_folders(config: RunConfig) -> None:
+    """Their names stand in scripts and messages too, a line each."""
+    kept = "".join(c if c.isprintable() and c != "/" else "-" for c in config.name.lstrip("./"))
+    if config.name.startswith(".") or (kept or "run") != config.name:
+        raise ConfigError(
+            f"name = {config.name!r} is no folder name.",
+            rule="one path component of printable characters that does not start with a dot; runs_dir is the folder above it",
+            fix=f"name = {kept or 'run'!r}",
+        )
+    if not config.runs_dir.isprintable():
+        raise ConfigError(f"runs_dir = {config.runs_dir!r} is no folder name.", rule="printable characters")
 
 
 def encode(value: Any) -> Any:

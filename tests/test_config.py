@@ -360,6 +360,10 @@ def test_two_axes_at_minus_one_are_answered_with_flags_that_are_not_given():
     [
         ({"steps": 0}, "steps = 0 is out of range"),
         ({"name": "a/b"}, "is no folder name"),
+        ({"name": ""}, "(?s)is no folder name.*fix   name = 'run'"),
+        ({"name": ".a"}, "(?s)is no folder name.*fix   name = 'a'"),
+        ({"name": "a\nb"}, "(?s)is no folder name.*fix   name = 'a-b'"),
+        ({"runs_dir": "a\nb"}, "is no folder name"),
         ({"accumulate": 3}, "batch = 9"),
     ],
 )
