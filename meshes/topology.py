@@ -1,7 +1,7 @@
 """What a pod looks like: hosts, NVLink domains, device order, link speeds and peaks. It measures nothing.
 
-Numbers are those of NVIDIA's data sheets for the A100, H100, H200 (SXM), HGX B200 and GB200 NVL72; peaks are dense,
-without sparsity. PCIe and NVL boards have other numbers and are not listed.
+Numbers are those of NVIDIA's data sheets; peaks are dense, without sparsity. KINDS has the A100, H100, H200 (SXM), HGX B200
+and GB200 NVL72; of other boards, whose links are their machine's, BOARDS has the peaks.
 """
 
 from __future__ import annotations
@@ -48,6 +48,16 @@ KINDS: dict[str, Kind] = {
     name: Kind(name=name, pattern=pattern, memory_bytes=memory, memory_bandwidth=bandwidth, **rest)
     for name, pattern, memory, bandwidth, rest in _ROWS
 }
+BOARDS = {  # peaks by jax's device_kind
+    "NVIDIA A100-PCIE-40GB": _flops(312e12),
+    "NVIDIA A100 80GB PCIe": _flops(312e12),
+    "NVIDIA L40S": _flops(362.05e12) | {"float32": 183e12},
+    "NVIDIA H100 PCIe": _flops(756e12),
+    "NVIDIA H100 NVL": _flops(835e12),
+    "NVIDIA H200 NVL": _flops(835e12),
+    "NVIDIA GH200 480GB": _flops(989.4e12),
+    "NVIDIA B300 SXM6 AC": _flops(2250e12),
+}
 _UNKNOWN_DOMAIN = 8  # devices; boards of kinds not listed join at most this many
 
 
@@ -60,7 +70,8 @@ def kind_of(device_kind: str) -> Kind | None:
 def peak_flops(device_kind: str, dtype: Any) -> float | None:
     """Dense matmul FLOP/s of one device in `dtype` (a name or a dtype); None where not known, as on a CPU."""
     kind, name = kind_of(device_kind), dtype if isinstance(dtype, str) else _dtype_name(dtype)
-    return kind and kind.flops.get("float8" if name.startswith("float8") else name)
+    peaks = kind.flops if kind else BOARDS.get(device_kind, {})
+    return peaks.get("float8" if name.startswith("float8") else name)
 
 
 def _dtype_name(dtype: Any) -> str:

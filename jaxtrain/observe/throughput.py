@@ -12,18 +12,6 @@ import jax.numpy as jnp
 
 from meshes import topology
 
-# Boards of which meshes/topology.py knows no links, by jax's device_kind: dense TFLOP/s as NVIDIA's data sheets print
-# them (with sparsity halved). float32: TF32, as there.
-BOARDS = {
-    "NVIDIA A100-PCIE-40GB": {"bfloat16": 312, "float32": 156},
-    "NVIDIA A100 80GB PCIe": {"bfloat16": 312, "float32": 156},
-    "NVIDIA L40S": {"bfloat16": 362.05, "float32": 183},
-    "NVIDIA H100 PCIe": {"bfloat16": 756, "float32": 378},
-    "NVIDIA H100 NVL": {"bfloat16": 835, "float32": 417.5},
-    "NVIDIA H200 NVL": {"bfloat16": 835, "float32": 417.5},
-    "NVIDIA GH200 480GB": {"bfloat16": 989.4, "float32": 494.7},
-    "NVIDIA B300 SXM6 AC": {"bfloat16": 2250, "float32": 1125},
-}
 CPU_SIDE = 1024
 GPU_SIDE = 8192  # 1.1 TFLOP: a millisecond of the fastest card, beside which a launch is little; 512 MB in float32
 
@@ -36,8 +24,7 @@ def peak_flops(dtype: str) -> float:
     that matters, so it is timed (0.2 s); fake CPU devices share one machine and count once per process.
     """
     device = jax.devices()[0]
-    published = BOARDS.get(device.device_kind, {}).get(dtype, 0) * 1e12 or topology.peak_flops(device.device_kind, dtype)
-    if published:
+    if published := topology.peak_flops(device.device_kind, dtype):
         return published * jax.device_count()
     if device.platform == "cpu":
         return _matmul_rate(dtype, CPU_SIDE) * jax.process_count()

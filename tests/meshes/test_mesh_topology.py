@@ -34,7 +34,7 @@ def test_a_peak_can_be_asked_for_by_name_or_by_dtype():
         assert topology.peak_flops("h100", dtype) == by_name
 
 
-@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA RTX A5000", "TPU v5p"])
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 PCIe 96GB", "NVIDIA L4", "NVIDIA RTX A5000", "TPU v5p"])
 def test_a_kind_that_is_not_listed_has_no_peak(kind):
     assert topology.peak_flops(kind, "bfloat16") is None
 

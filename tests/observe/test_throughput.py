@@ -57,7 +57,7 @@ def test_a_listed_card_has_its_published_peak_as_often_as_it_is_there(machine, k
 
 
 def test_no_card_is_listed_in_two_places():
-    assert [kind for kind in throughput.BOARDS if topology.kind_of(kind)] == []
+    assert [kind for kind in topology.BOARDS if topology.kind_of(kind)] == []
 
 
 def test_gpus_that_are_not_listed_count_each_and_what_was_measured_is_said_once(machine, capsys):
